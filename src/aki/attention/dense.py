@@ -1,0 +1,94 @@
+"""The dense backend: the rule as a boolean mask, built in one broadcast, for `eager` and `sdpa`."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig
+from transformers.masking_utils import create_masks_for_generate
+
+from aki.attention.rules import Rule
+from aki.layout import SequenceLayout
+
+DENSE_IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+def dense_mask(rule: Rule, layout: SequenceLayout) -> Tensor:
+    """Who sees whom, as (batch, length, length) bool."""
+    batch, length = layout.shape
+    position = torch.arange(length, device=layout.document.device)
+    rows = torch.arange(batch, device=position.device)[:, None, None]
+    return rule.sees(layout, rows, position[:, None], position)
+
+
+def language_model_masks(
+    rule: Rule,
+    layout: SequenceLayout,
+    config: PreTrainedConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor | None,
+) -> Tensor | dict[str, Tensor]:
+    """The masks that a transformers language model takes as `attention_mask`: one, or one a layer type.
+
+    transformers makes the model's own masks (causal, windows, chunks, padding, cache sizes). The rule is then laid over
+    the tokens of this call: what it opens ahead is added, what it closes behind is taken away. Tokens already in the
+    cache stay as the model's own mask has them, so decoding after a prefill is causal.
+
+    Args:
+        layout: of the tokens of this call, (batch, query length).
+        config: the language model's.
+        inputs_embeds: (batch, query length, hidden), for dtype and device.
+        attention_mask: (batch, cached + query length), 0 is padding.
+
+    Returns:
+        (batch, 1, query length, key length), bool for sdpa, 0 and -inf (the dtype's minimum) for eager.
+
+    Raises:
+        ValueError: the attention implementation takes no masks (FlashAttention).
+    """
+    implementation = config._attn_implementation
+    if implementation not in DENSE_IMPLEMENTATIONS:
+        raise ValueError(
+            f"the rule {rule.name!r} needs a mask, which attn_implementation={implementation!r} cannot take: "
+            f"load the model with attn_implementation='sdpa' or 'eager'."
+        )
+    boolean_config = copy.copy(config)
+    boolean_config._attn_implementation = "sdpa"
+    own = create_masks_for_generate(
+        boolean_config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
+    )
+    allowed = dense_mask(rule, layout)[:, None]
+
+    def overlay(own_mask: Tensor | None, layer: int) -> Tensor:
+        mask = _overlay(allowed, own_mask, past_key_values, layer)
+        return mask if implementation == "sdpa" else _additive(mask, inputs_embeds.dtype)
+
+    if isinstance(own, dict):
+        return {kind: overlay(mask, config.layer_types.index(kind)) for kind, mask in own.items()}
+    return overlay(own, 0)
+
+
+def _overlay(allowed: Tensor, own: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    """Lay `allowed` (batch, 1, query, query) over the model's own mask (batch, 1, query, keys)."""
+    length, device = allowed.shape[-1], allowed.device
+    seen = int(cache.get_query_offset(layer)) if cache is not None else 0
+    keys, first_key = cache.get_mask_sizes(length, layer) if cache is not None else (length, 0)
+    key = torch.arange(keys, device=device) + first_key - seen
+    query = torch.arange(length, device=device)[:, None]
+    in_call = (key >= 0) & (key < length)
+    if keys == length and first_key == seen:
+        ruled = allowed
+    else:
+        ruled = allowed[..., key.clamp(0, length - 1)] & in_call
+    behind, ahead = key <= query, key > query
+    if own is None:
+        return (behind & (ruled | ~in_call)) | (ahead & ruled)
+    return (own & (ruled | ~in_call | ahead)) | (ahead & ruled)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,0 +1,67 @@
+"""The leak guard: refuses a batch in which a token is learned from its own future.
+
+Row q is supervised when labels[q + 1] is a label. It leaks when what q sees, directly or through other tokens over any
+number of layers, reaches past q. For a rule that contains causal attention that reach is exactly the running maximum of
+`far` within the document, so the guard needs no mask and is linear in the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aki.attention.rules import Rule
+from aki.layout import IGNORE_INDEX, SequenceLayout
+
+
+class LeakError(ValueError):
+    """Training on this batch would show the model its own answer, or would not use the rule it is named after."""
+
+
+def reach(rule: Rule, layout: SequenceLayout) -> Tensor:
+    """(batch, length): the last position that each token learns of through any number of layers.
+
+    Exact for rules that contain causal attention, an upper bound for the others.
+    """
+    far = rule.far(layout).masked_fill(layout.is_padding, -1)
+    # Documents stand one behind the other, so a document's own first position is a floor nothing earlier can exceed.
+    return far.cummax(1).values
+
+
+def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
+    """Refuse a training batch that leaks, or in which a rule beyond causal opens nothing.
+
+    Args:
+        labels: (batch, length), -100 is not learned; what stands on media tokens is ignored.
+
+    Raises:
+        LeakError: with the row, the rule and the path of the leak.
+    """
+    labels = labels.masked_fill(layout.is_media | layout.is_padding, IGNORE_INDEX)
+    supervised = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+    position = torch.arange(labels.shape[1], device=labels.device)
+    ahead = reach(rule, layout) > position
+    leaks = ahead & supervised
+    if leaks.any():
+        raise LeakError(_leak_message(rule, layout, leaks))
+    beyond_causal = rule.name != "causal"
+    if beyond_causal and layout.is_media.any() and supervised.any() and not ahead.any():
+        raise LeakError(
+            f"the rule {rule.name!r} opens nothing in this batch: no picture has prompt text that it could see, because "
+            "every text token after it is a label. On captions train with attention_rule='causal' (as the paper does in "
+            "pre-training); on questions, label the answers only."
+        )
+
+
+def _leak_message(rule: Rule, layout: SequenceLayout, leaks: Tensor) -> str:
+    row, q = (int(i) for i in leaks.nonzero()[0])
+    far = rule.far(layout)[row].masked_fill(layout.is_padding[row], -1)
+    through = int((far[: q + 1] > q).nonzero()[0])
+    seen = int(far[through])
+    kind = "media token" if bool(layout.is_media[row, through]) else "token"
+    return (
+        f"the rule {rule.name!r} leaks in row {row}: position {q} is trained to predict token {q + 1}, but it sees the "
+        f"{kind} at {through}, which sees up to token {seen}. A prompt block must end with the token that starts the "
+        f"answer (here block {int(layout.prompt_block[row, through])} runs into the labels): "
+        "check prompt_block_ids, or train with attention_rule='causal'."
+    )

@@ -1,0 +1,98 @@
+"""The visibility rules: may the token at position q see the token at position k?
+
+A rule is one short function of (layout, batch, query, key) in the style of a FlexAttention mask: the indices are integer
+tensors of any shapes that broadcast, so the same lines give one entry, a row, or the whole mask. Documents and padding
+are nobody's rule: `sees` applies them to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from aki.layout import TEXT, SequenceLayout
+
+
+def causal(layout: SequenceLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Everything up to the token itself."""
+    return k <= q
+
+
+def mma(layout: SequenceLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Modality-mutual attention (arXiv 2503.02597): causal, and media sees the other modalities of its prompt block."""
+    q_modality, k_modality = layout.modality[b, q], layout.modality[b, k]
+    q_block, k_block = layout.prompt_block[b, q], layout.prompt_block[b, k]
+    mutual = (q_modality != TEXT) & (k_modality != q_modality) & (q_block == k_block) & (q_block >= 0)
+    return causal(layout, b, q, k) | mutual
+
+
+def far_causal(layout: SequenceLayout) -> Tensor:
+    return torch.arange(layout.shape[1], device=layout.document.device).expand(layout.shape)
+
+
+def far_mma(layout: SequenceLayout) -> Tensor:
+    """A media token sees as far as the last token of its block that is of another modality."""
+    far = far_causal(layout)
+    for modality in layout.modality.unique().tolist():
+        if modality != TEXT:
+            others = last_in_group(layout, layout.prompt_block, layout.modality != modality)
+            far = torch.where(layout.modality == modality, torch.maximum(far, others), far)
+    return far
+
+
+def last_in_group(layout: SequenceLayout, group: Tensor, member: Tensor) -> Tensor:
+    """For each token, the last position in its document and group where `member` holds; -1 where there is none.
+
+    Args:
+        group: (batch, length), -1 belongs to no group.
+        member: (batch, length) bool.
+    """
+    belongs = (group >= 0) & ~layout.is_padding
+    width = int(group.max()) + 2 if group.numel() else 1
+    key = torch.where(belongs, layout.document * width + group + 1, 0)
+    positions = far_causal(layout).masked_fill(~(member & belongs), -1)
+    last = positions.new_full((group.shape[0], int(key.max()) + 1), -1).scatter_reduce(1, key, positions, "amax")
+    return last.gather(1, key).masked_fill(~belongs, -1)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named rule.
+
+    Attributes:
+        allows: (layout, b, q, k) -> bool, within one document.
+        far: layout -> (batch, length), the last position that each token sees. What the leak guard needs.
+    """
+
+    name: str
+    allows: Callable[[SequenceLayout, Tensor, Tensor, Tensor], Tensor]
+    far: Callable[[SequenceLayout], Tensor]
+
+    def sees(self, layout: SequenceLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """The rule within documents. Padding is never a key; as a query it keeps the row that it has without documents."""
+        q_document, k_document = layout.document[b, q], layout.document[b, k]
+        together = ((q_document == k_document) | (q_document < 0)) & (k_document >= 0)
+        return self.allows(layout, b, q, k) & together
+
+
+RULES = {
+    "causal": Rule("causal", causal, far_causal),
+    "mma": Rule("mma", mma, far_mma),
+}
+
+
+def get_rule(name: str) -> Rule:
+    """The rule of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in RULES:
+        near = get_close_matches(name, RULES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no attention rule {name!r}; there are {', '.join(RULES)}.{hint}")
+    return RULES[name]

@@ -1,0 +1,13 @@
+"""The model, its processor, and their places in transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from aki.models.configuration import AkiConfig, AkiConnectorConfig
+from aki.models.modeling import AkiForConditionalGeneration
+from aki.models.processing import AkiProcessor
+
+AutoConfig.register(AkiConfig.model_type, AkiConfig, exist_ok=True)
+AutoModelForImageTextToText.register(AkiConfig, AkiForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(AkiConfig, AkiProcessor, exist_ok=True)
+
+__all__ = ["AkiConfig", "AkiConnectorConfig", "AkiForConditionalGeneration", "AkiProcessor"]

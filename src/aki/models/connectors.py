@@ -1,0 +1,90 @@
+"""Connectors: (images, patches, encoder width) -> (images, embeddings, language model width)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from aki.models.configuration import AkiConfig, AkiConnectorConfig
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to the features and to themselves (paper, section "The model"): features first on the key axis."""
+
+    def __init__(self, width: int, num_heads: int, head_dim: int):
+        super().__init__()
+        inner = num_heads * head_dim
+        self.num_heads = num_heads
+        self.norm_media = nn.LayerNorm(width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, features: Tensor, latents: Tensor) -> Tensor:
+        features, latents = self.norm_media(features), self.norm_latents(latents)
+        keys, values = self.to_kv(torch.cat([features, latents], dim=1)).chunk(2, dim=-1)
+        query, keys, values = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (self.to_q(latents), keys, values))
+        attended = nn.functional.scaled_dot_product_attention(query, keys, values)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+def feed_forward(width: int, mult: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, width * mult, bias=False),
+        nn.GELU(),
+        nn.Linear(width * mult, width, bias=False),
+    )
+
+
+class PerceiverResampler(nn.Module):
+    """The paper's connector: learned latents read the features through `depth` layers, then are projected."""
+
+    def __init__(self, config: AkiConnectorConfig, vision_width: int, text_width: int):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(config.num_latents, vision_width))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(vision_width, config.num_heads, config.head_dim),
+                    feed_forward(vision_width, config.ff_mult),
+                ]
+            )
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(vision_width)
+        self.projection = nn.Linear(vision_width, text_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        latents = self.latents.expand(features.shape[0], -1, -1)
+        for attention, mlp in self.layers:
+            latents = latents + attention(features, latents)
+            latents = latents + mlp(latents)
+        return self.projection(self.norm(latents))
+
+
+class MLPConnector(nn.Module):
+    """LLaVA's connector: two layers, one embedding a patch."""
+
+    def __init__(self, config: AkiConnectorConfig, vision_width: int, text_width: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(vision_width, text_width), nn.GELU(), nn.Linear(text_width, text_width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
+
+
+CONNECTORS = {"perceiver_resampler": PerceiverResampler, "mlp": MLPConnector}
+
+
+def build_connector(config: AkiConfig) -> nn.Module:
+    """The connector that the configuration names.
+
+    Raises:
+        ValueError: there is no such connector.
+    """
+    name = config.connector_config.connector
+    if name not in CONNECTORS:
+        raise ValueError(f"there is no connector {name!r}; there are {', '.join(CONNECTORS)}.")
+    return CONNECTORS[name](config.connector_config, config.vision_config.hidden_size, config.text_config.hidden_size)

@@ -1,0 +1,106 @@
+"""Pictures as they come to pictures as the model takes them: upright, 8-bit RGB, or a sentence that says what is wrong."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 100_000_000
+"""Larger pictures are refused before they are decoded: a small file can hold billions of pixels."""
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read."""
+
+
+def open_image(source: Any, *, timeout: float = 30.0) -> Image.Image:
+    """Open a picture.
+
+    The first frame of an animation is taken, EXIF rotation is applied, 16 bits are scaled to 8, palettes and CMYK become
+    RGB, and what is transparent becomes white.
+
+    Args:
+        source: a path, an http(s) URL, a data URL, bytes, a PIL image, or an array (height, width, 3 or 4) of uint8.
+        timeout: seconds, for URLs.
+
+    Raises:
+        ImageError: missing, not a picture, truncated, empty, or too large.
+    """
+    name = _describe(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = source if isinstance(source, Image.Image) else _open(source, timeout)
+            if image.width == 0 or image.height == 0:
+                raise ImageError(f"{name} has no pixels ({image.width} x {image.height}).")
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(
+                    f"{name} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are allowed: "
+                    "scale it down first."
+                )
+            image.seek(0)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        raise ImageError(f"there is no picture at {name}.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name} is refused, it would unpack to too many pixels: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not a picture that Pillow can read.") from error
+    except httpx.HTTPError as error:
+        raise ImageError(f"{name} could not be fetched: {error}") from error
+    except (OSError, SyntaxError, EOFError, binascii.Error) as error:
+        raise ImageError(f"{name} is broken or truncated: {error}") from error
+
+
+def _open(source: Any, timeout: float) -> Image.Image:
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] not in (3, 4) or 0 in source.shape:
+            raise ImageError(
+                f"an array of shape {source.shape} and dtype {source.dtype} is not a picture: "
+                "pass (height, width, 3 or 4) of uint8."
+            )
+        return Image.fromarray(source)
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source))
+    if isinstance(source, Path):
+        return Image.open(source)
+    if not isinstance(source, str):
+        raise ImageError(f"a {type(source).__name__} is not a picture: pass a path, a URL, bytes, an array or a PIL image.")
+    if source.startswith(("http://", "https://")):
+        response = httpx.get(source, timeout=timeout, follow_redirects=True)
+        response.raise_for_status()
+        return Image.open(io.BytesIO(response.content))
+    if source.startswith("data:"):
+        return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True)))
+    return Image.open(source)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        # 16-bit files may open as 32-bit integers; floats are taken as 0 to 1.
+        scale = 255.0 if image.mode == "F" else 255.0 / 65535.0
+        return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _describe(source: Any) -> str:
+    if isinstance(source, str):
+        return "the data URL" if source.startswith("data:") else source
+    if isinstance(source, Path):
+        return str(source)
+    return getattr(source, "filename", None) or f"the {type(source).__name__} given"

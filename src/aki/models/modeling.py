@@ -1,0 +1,340 @@
+"""AKI: vision encoder, connector, language model, and a visibility rule over them."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import can_return_tuple
+
+from aki.attention import get_rule, language_model_masks
+from aki.layout import IGNORE_INDEX, IMAGE, SequenceLayout, build_layout
+from aki.models.configuration import AkiConfig
+from aki.models.connectors import PerceiverResampler, build_connector
+
+
+@dataclass
+class AkiOutput(CausalLMOutputWithPast):
+    """Output of the language model, and what it was shown of the images.
+
+    Attributes:
+        image_hidden_states: (images, embeddings an image, text width).
+    """
+
+    image_hidden_states: Tensor | None = None
+
+
+class AkiPreTrainedModel(PreTrainedModel):
+    config: AkiConfig
+    config_class = AkiConfig
+    base_model_prefix = "language_model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PerceiverResampler):
+            init.normal_(module.latents, mean=0.0, std=1.0)
+
+
+class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
+    """A decoder-only language model that reads images, with the attention rule of its configuration."""
+
+    def __init__(self, config: AkiConfig):
+        super().__init__(config)
+        self.vision_encoder = AutoModel.from_config(config.vision_config)
+        _check_takes_images_only(self.vision_encoder)
+        self.connector = build_connector(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.output_bias:
+            head = self.language_model.get_output_embeddings()
+            self.language_model.set_output_embeddings(nn.Linear(head.in_features, head.out_features, bias=True))
+        self.post_init()
+
+    @classmethod
+    def from_backbones(
+        cls, vision_encoder: str, language_model: str, *, image_token_id: int, vocab_size: int | None = None, **config
+    ) -> AkiForConditionalGeneration:
+        """Join a pretrained vision encoder and a pretrained language model through a new connector.
+
+        Args:
+            vision_encoder: hub id or folder of the encoder.
+            language_model: hub id or folder of the language model.
+            image_token_id: id of the placeholder, `len(tokenizer) - 1` after adding it as the last token.
+            vocab_size: `len(tokenizer)` after adding tokens; the embeddings grow to it.
+            config: further fields of `AkiConfig`.
+        """
+        vision_config = AutoConfig.from_pretrained(vision_encoder)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        text_config = AutoConfig.from_pretrained(language_model)
+        model = cls(AkiConfig(vision_config=vision_config, text_config=text_config, image_token_id=image_token_id, **config))
+        model.vision_encoder = AutoModel.from_pretrained(vision_encoder, config=model.config.vision_config)
+        model.language_model = AutoModelForCausalLM.from_pretrained(language_model, config=model.config.text_config)
+        if vocab_size is not None and vocab_size > model.config.text_config.vocab_size:
+            model.resize_token_embeddings(vocab_size)
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Embeddings of images.
+
+        Args:
+            pixel_values: (images, channels, height, width).
+
+        Returns:
+            (images, embeddings an image, text width).
+        """
+        features = self.vision_encoder(pixel_values.to(self.vision_encoder.dtype)).last_hidden_state
+        # Class and register tokens come before the patches.
+        return self.connector(features[:, -self.config.num_patches :])
+
+    def layout(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        prompt_block_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> SequenceLayout:
+        """What each token of these inputs is; all (batch, length)."""
+        return build_layout(
+            input_ids,
+            {IMAGE: self.config.image_token_id},
+            self.config.image_seq_length,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            prompt_block_ids=prompt_block_ids,
+            labels=labels,
+            training=self.training,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        prompt_block_ids: Tensor | None = None,
+        attention_rule: str | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> AkiOutput:
+        """Embed, put the images in place, lay the rule over the mask, decode.
+
+        Args:
+            input_ids: (batch, length) int; `config.image_token_id` once for every embedding of an image.
+            pixel_values: (images of the whole batch in order, channels, height, width) float.
+            attention_mask: (batch, cached + length), 0 is padding; or masks already prepared, which are then used as is.
+            position_ids: (batch, length) int. Absent: counted over the attention mask, so padding on either side is free.
+            past_key_values: what was seen before; it stays causal.
+            inputs_embeds: (batch, length, width) instead of input_ids, for text alone.
+            labels: (batch, length) int, -100 is not learned. What stands on image placeholders is ignored.
+            prompt_block_ids: (batch, length) int from the processor, -1 for answers and padding.
+            attention_rule: instead of the configuration's, for this call.
+            logits_to_keep: only the logits of the last so many positions (0: all), or of these positions.
+
+        Raises:
+            ValueError: images and placeholders do not fit, or the rule cannot be applied.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds.")
+        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        prepared = attention_mask is not None and padding is None
+        if position_ids is None and padding is not None:
+            length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+            position_ids = (padding.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+
+        image_embeds = None
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if pixel_values is not None:
+                image_embeds = self.get_image_features(pixel_values)
+            inputs_embeds = self._put_images(input_ids, inputs_embeds, image_embeds)
+            if labels is not None:
+                labels = labels.masked_fill(input_ids == self.config.image_token_id, IGNORE_INDEX)
+        elif pixel_values is not None:
+            raise ValueError("pixel_values need input_ids, whose placeholders say where the images go.")
+
+        rule = get_rule(attention_rule or self.config.attention_rule)
+        if rule.name != "causal" and image_embeds is not None and not prepared:
+            length = input_ids.shape[1]
+            layout = self.layout(
+                input_ids,
+                attention_mask=None if padding is None else padding[:, -length:],
+                position_ids=position_ids if past_key_values is None else None,
+                prompt_block_ids=prompt_block_ids,
+                labels=labels,
+            )
+            attention_mask = language_model_masks(
+                rule, layout, self.config.text_config, inputs_embeds, attention_mask, past_key_values, position_ids
+            )
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=outputs.logits,
+                labels=labels,
+                vocab_size=outputs.logits.shape[-1],
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
+        return AkiOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_embeds,
+        )
+
+    def _put_images(self, input_ids: Tensor, inputs_embeds: Tensor, image_embeds: Tensor | None) -> Tensor:
+        placeholders = input_ids == self.config.image_token_id
+        if image_embeds is None:
+            if self.training or input_ids.shape[1] > 1:
+                _check_count(int(placeholders.sum()), 0, self.config.image_seq_length)
+            return inputs_embeds
+        _check_count(int(placeholders.sum()), image_embeds.shape[0], self.config.image_seq_length)
+        return inputs_embeds.masked_scatter(placeholders[..., None], image_embeds.to(inputs_embeds))
+
+    def generate(self, inputs: Tensor | None = None, **kwargs) -> Tensor:
+        """As transformers' `generate`; prompt blocks are settled on the prompt, so that answers never join them.
+
+        Raises:
+            ValueError: the prompt leaves no room in the model's context.
+        """
+        input_ids = kwargs.get("input_ids", inputs)
+        if input_ids is not None:
+            self._check_context(input_ids.shape[1])
+            if kwargs.get("prompt_block_ids") is None:
+                kwargs["prompt_block_ids"] = torch.zeros_like(input_ids)
+        return super().generate(inputs, **kwargs)
+
+    def _check_context(self, length: int) -> None:
+        context = getattr(self.config.text_config, "max_position_embeddings", None)
+        if context is not None and length >= context:
+            raise ValueError(
+                f"the prompt has {length} tokens, the model's context is {context}: shorten the text, send fewer images, "
+                f"or drop earlier turns (one image is {self.config.image_seq_length} tokens)."
+            )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        prompt_block_ids: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> dict:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, pixel_values=pixel_values, is_first_iteration=is_first_iteration, **kwargs
+        )
+        length = inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else inputs["inputs_embeds"].shape[1]
+        if prompt_block_ids is not None:
+            # What was generated since is answer.
+            answered = input_ids.shape[1] - prompt_block_ids.shape[1]
+            inputs["prompt_block_ids"] = nn.functional.pad(prompt_block_ids, (0, answered), value=-1)[:, -length:]
+        if inputs.get("pixel_values") is not None:
+            inputs["pixel_values"] = self._images_from(input_ids, input_ids.shape[1] - length, pixel_values)
+        return inputs
+
+    def create_masks_for_generate(self, attention_mask: Tensor | None = None, is_first_iteration: bool = False, **kwargs):
+        """With a static cache transformers asks for the masks beforehand. The prefill's is made in forward, by the rule;
+        what is decoded after it is causal."""
+        if is_first_iteration:
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
+
+    def _images_from(self, input_ids: Tensor, start: int, pixel_values: Tensor) -> Tensor | None:
+        """Of all images of the prompt, those whose placeholders are at `start` or later: the others are in the cache."""
+        if start == 0:
+            return pixel_values
+        is_image = input_ids == self.config.image_token_id
+        images = is_image.sum(1) // self.config.image_seq_length
+        if int(images.sum()) != pixel_values.shape[0]:
+            return pixel_values
+        cached = is_image[:, :start].sum(1) // self.config.image_seq_length
+        keep = torch.cat([torch.arange(int(n)) >= int(c) for n, c in zip(images, cached, strict=True)])
+        return pixel_values[keep.to(pixel_values.device)] if bool(keep.any()) else None
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
+    ):
+        """Beams repeat rows; a row's images are several rows of pixel_values, which must stay together."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1 and input_ids is not None:
+            counts = (input_ids == self.config.image_token_id).sum(1) // self.config.image_seq_length
+            if int(counts.sum()) == pixel_values.shape[0]:
+                rows = pixel_values.split(counts.tolist())
+                pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+
+def _check_count(placeholders: int, images: int, tokens_per_image: int) -> None:
+    if placeholders != images * tokens_per_image:
+        raise ValueError(
+            f"{images} image(s) need {images * tokens_per_image} placeholders in input_ids ({tokens_per_image} an image), "
+            f"found {placeholders}: pass the images that the prompt names, and let the processor write the placeholders."
+        )
+
+
+def _check_takes_images_only(encoder: PreTrainedModel) -> None:
+    required = [
+        name
+        for name, parameter in inspect.signature(encoder.forward).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        and name != "pixel_values"
+    ]
+    if required:
+        raise ValueError(
+            f"the vision encoder {encoder.config.model_type!r} wants more than pixel_values ({', '.join(required)}); AKI "
+            "takes fixed-resolution encoders (SigLIP, SigLIP 2 fixed, CLIP, DINOv2), not NaFlex."
+        )

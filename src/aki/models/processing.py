@@ -1,0 +1,172 @@
+"""AkiProcessor: chat messages with images in, what the model's forward takes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from aki.layout import number_runs
+from aki.models.images import open_image
+from aki.models.templates import ANSWER_TOKEN, IMAGE_TOKEN
+
+
+class AkiProcessor(ProcessorMixin):
+    """An image processor and a tokenizer that write one placeholder for every embedding of an image.
+
+    Args:
+        image_processor: any of transformers' that gives `pixel_values` of one fixed size.
+        tokenizer: a fast tokenizer that has `image_token`, and `answer_token` if the chat template uses it.
+        image_seq_length: placeholders an image, `AkiConfig.image_seq_length`.
+        chat_template: a Jinja template whose answers stand between generation tags, or a dict of named ones.
+        image_token: stands for an image in text.
+        answer_token: starts an answer and belongs to the prompt, also where it swallows the white space after it.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_seq_length: int = 144,
+        chat_template=None,
+        image_token: str = IMAGE_TOKEN,
+        answer_token: str = ANSWER_TOKEN,
+        **kwargs,
+    ):
+        self.image_seq_length = image_seq_length
+        self.image_token = image_token
+        self.answer_token = answer_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer does not know the image token {image_token!r}: add it as a special token.")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self.image_seq_length
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        """Text with `image_token` once an image, and the images in order, as model inputs.
+
+        Args:
+            images: an image, a list of them, or a list a text; anything that `aki.models.images.open_image` opens.
+            text: one text or a list. Chats go through `apply_chat_template`, which also writes `prompt_block_ids`.
+
+        Raises:
+            ValueError: more or fewer images than the text names.
+            ImageError: an image that cannot be read.
+        """
+        if images is not None:
+            images = _open_nested(images)
+            images = None if images == [] else images
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def apply_chat_template(self, conversation, *args, **kwargs) -> Any:
+        """As transformers' `apply_chat_template`; with `tokenize=True, return_dict=True` also `prompt_block_ids`.
+
+        `prompt_block_ids` has the shape of input_ids: 0, 1, ... for each stretch of prompt between answers, each up to and
+        including the token that starts the answer; -1 for answers, captions and padding.
+
+        Raises:
+            ValueError: an empty chat or question, or a template without generation tags.
+            ImageError: an image that cannot be read.
+        """
+        conversation = _prepare(conversation)
+        if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        return_tensors = kwargs.pop("return_tensors", None)
+        if kwargs.pop("continue_final_message", False):
+            out = self._continued(conversation, *args, **kwargs)
+        else:
+            out = super().apply_chat_template(
+                conversation, *args, **{**kwargs, "return_assistant_tokens_mask": True, "return_tensors": None}
+            )
+        if not kwargs.get("return_assistant_tokens_mask"):
+            answers = out.pop("assistant_masks")
+        else:
+            answers = out["assistant_masks"]
+        out["prompt_block_ids"] = self._prompt_blocks(out["input_ids"], out["attention_mask"], answers)
+        return BatchFeature(dict(out), tensor_type=return_tensors)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "prompt_block_ids"]
+
+    def _continued(self, conversation, *args, **kwargs) -> BatchFeature:
+        """The last answer is begun and not ended: what stands before it is found by leaving it out."""
+        batched = isinstance(conversation[0], list)
+        chats = conversation if batched else [conversation]
+        kwargs = {**kwargs, "return_tensors": None}
+        out = super().apply_chat_template(conversation, *args, **{**kwargs, "continue_final_message": True})
+        before = super().apply_chat_template(
+            [chat[:-1] for chat in chats],
+            *args,
+            **{**kwargs, "add_generation_prompt": True, "return_assistant_tokens_mask": True},
+        )
+        masks = []
+        for row, attention in enumerate(out["attention_mask"]):
+            known = [m for m, a in zip(before["assistant_masks"][row], before["attention_mask"][row], strict=True) if a]
+            real = sum(attention)
+            filled = iter(known[:real] + [1] * (real - len(known)))
+            masks.append([next(filled) if a else 0 for a in attention])
+        out["assistant_masks"] = masks
+        return out
+
+    def _prompt_blocks(self, input_ids: list, attention_mask: list, answers: list) -> list[list[int]]:
+        answer_start = self.tokenizer.convert_tokens_to_ids(self.answer_token)
+        rows = []
+        for ids, attention, answer in zip(input_ids, attention_mask, answers, strict=True):
+            ids, attention, answer = torch.tensor(ids), torch.tensor(attention), torch.tensor(answer)
+            prompt = ((answer == 0) | (ids == answer_start)) & (attention == 1)
+            rows.append(number_runs(prompt[None])[0].tolist())
+        return rows
+
+
+def labels_from_prompt_blocks(input_ids: Tensor, attention_mask: Tensor, prompt_block_ids: Tensor, image_token_id: int):
+    """Labels for training on answers alone: every token outside prompt blocks, padding and images; -100 elsewhere.
+
+    Args:
+        input_ids: (batch, length); the others have the same shape.
+    """
+    learned = (prompt_block_ids < 0) & (attention_mask == 1) & (input_ids != image_token_id)
+    return input_ids.masked_fill(~learned, -100)
+
+
+def _open_nested(images):
+    if isinstance(images, (list, tuple)):
+        return [_open_nested(image) for image in images]
+    return open_image(images)
+
+
+def _prepare(conversation):
+    """Check the chat, and open its images (into copies of the messages)."""
+    if not conversation:
+        raise ValueError("the chat is empty: pass at least one message.")
+    if isinstance(conversation[0], (list, tuple)):
+        return [_prepare(chat) for chat in conversation]
+    return [_prepare_message(message) for message in conversation]
+
+
+def _prepare_message(message: dict) -> dict:
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    content = [_prepare_part(part) for part in content or []]
+    texts = [part.get("text", "") for part in content if part.get("type") == "text"]
+    if message.get("role") == "user" and (not content or (texts and not any(text.strip() for text in texts))):
+        raise ValueError("the question is empty: a user's message needs text.")
+    return {**message, "content": content}
+
+
+def _prepare_part(part: dict) -> dict:
+    if part.get("type") == "image_url":
+        url = part["image_url"]
+        part = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+    if part.get("type") != "image":
+        return part
+    for key in ("image", "url", "path", "base64"):
+        if part.get(key) is not None:
+            source = f"data:image;base64,{part[key]}" if key == "base64" else part[key]
+            return {"type": "image", "image": open_image(source)}
+    raise ValueError("an image part of a message has no image: give it `image`, `url`, `path` or `base64`.")

@@ -1,0 +1,43 @@
+"""Exact match, by skill, without decoding token by token."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aki.data.collate import ChatCollator
+from aki.layout import IGNORE_INDEX
+from aki.models import AkiForConditionalGeneration
+
+
+@torch.no_grad()
+def answered_right(model: AkiForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
+    """(batch,) bool: whether greedy decoding gives each row's labels, to the last token.
+
+    Greedy decoding follows the labels exactly as long as every label is the most likely token after those before it, so
+    one forward over the labelled answer tells.
+    """
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    labels = inputs.pop("labels")[:, 1:]
+    predicted = model(**inputs).logits[:, :-1].argmax(-1)
+    return ((predicted == labels) | (labels == IGNORE_INDEX)).all(1)
+
+
+def accuracy_by_skill(
+    model: AkiForConditionalGeneration, collator: ChatCollator, dataset: Dataset, batch_size: int = 300
+) -> dict[str, float]:
+    """The share answered right of each skill, and of all (`accuracy`), 0 to 1."""
+    was_training = model.training
+    model.eval()
+    right: dict[str, list[bool]] = defaultdict(list)
+    size = len(dataset)  # type: ignore[arg-type]
+    for start in range(0, size, batch_size):
+        samples = [dataset[i] for i in range(start, min(start + batch_size, size))]
+        for sample, ok in zip(samples, answered_right(model, collator(samples)).tolist(), strict=True):
+            right[sample.skill].append(ok)
+    model.train(was_training)
+    answers = [ok for of_skill in right.values() for ok in of_skill]
+    return {"accuracy": sum(answers) / len(answers)} | {skill: sum(oks) / len(oks) for skill, oks in right.items()}

@@ -1,0 +1,139 @@
+"""transformers' Trainer with the leak guard, whole checkpoints, and progress that a person can read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from aki.attention import check_no_leak, get_rule
+from aki.models import AkiForConditionalGeneration
+
+_WHOLE = "WHOLE"
+"""A file that is written into a checkpoint's folder after everything else."""
+
+
+class AkiTrainer(Trainer):
+    """Refuses batches that leak, and measures by `score`.
+
+    Args:
+        score: model -> metrics, called every `eval_steps`.
+    """
+
+    def __init__(self, *args, score: Callable[[AkiForConditionalGeneration], dict[str, float]] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.score = score
+        self.guard_seconds = 0.0
+        self.add_callback(MarkWholeCheckpoints())
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
+        started = time.perf_counter()
+        guard_batch(self.accelerator.unwrap_model(model), inputs)
+        self.guard_seconds += time.perf_counter() - started
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As the Trainer's, without the language model's input embeddings (paper, section 4)."""
+        embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+        kept = {name for name, parameter in model.named_parameters() if id(parameter) not in embeddings}
+        return [name for name in super().get_decay_parameter_names(model) if name in kept]
+
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        assert self.score is not None
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score(self.model).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Tensor]) -> None:
+    """Run the leak guard on a batch as `forward` would see it.
+
+    Raises:
+        LeakError: the batch leaks, or the rule opens nothing.
+    """
+    labels = inputs.get("labels")
+    if labels is None:
+        return
+    layout = model.layout(
+        inputs["input_ids"],
+        attention_mask=inputs.get("attention_mask"),
+        position_ids=inputs.get("position_ids"),
+        prompt_block_ids=inputs.get("prompt_block_ids"),
+        labels=labels,
+    )
+    check_no_leak(get_rule(inputs.get("attention_rule") or model.config.attention_rule), layout, labels)
+
+
+class MarkWholeCheckpoints(TrainerCallback):
+    """Marks a checkpoint once all of it is written, so that one cut off by a kill is never resumed from."""
+
+    def on_save(self, args: TrainingArguments, state, control, **kwargs):
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to the end; those that were not are deleted."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / _WHOLE).exists():
+            shutil.rmtree(checkpoint)
+    return get_last_checkpoint(folder) if folder.is_dir() else None
+
+
+class Progress(TrainerCallback):
+    """A bar on a terminal, a line a log in `log.txt`, and, for a parent process, a JSON line on stdout.
+
+    Args:
+        title: what the bar is called.
+        log: the file that lines are appended to.
+        machine: print JSON lines instead of a bar.
+    """
+
+    def __init__(self, title: str, log: Path, machine: bool = False):
+        self.title, self.log, self.machine = title, log, machine
+        self.bar: tqdm | None = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and not self.machine:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        names = {"loss": "loss", "eval_accuracy": "accuracy", "learning_rate": "lr", "grad_norm": "grad"}
+        fresh = {short: f"{logs[name]:.4g}" for name, short in names.items() if name in logs}
+        if not fresh:
+            return
+        self.shown |= {name: value for name, value in fresh.items() if name in ("loss", "accuracy")}
+        with self.log.open("a") as file:
+            values = "  ".join(f"{name} {value}" for name, value in fresh.items())
+            file.write(f"{time.strftime('%H:%M:%S')}  {self.title}  step {state.global_step}/{state.max_steps}  {values}\n")
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown)
+        if self.machine:
+            print(json.dumps({"step": state.global_step, "of": state.max_steps, **self.shown}), flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def replace_progress(trainer: Trainer, progress: Progress) -> None:
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(progress)
