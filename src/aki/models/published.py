@@ -1,8 +1,9 @@
 """The published checkpoint's layout, read into an `AkiForConditionalGeneration`.
 
 A flat state dict in four groups: `vision_encoder.`, `vision_tokenizer.` (the resampler), `lang_model.model.` and
-`lang_model.lm_head.`. Its embeddings are decoupled: the original vocabulary in one matrix (with rows of padding that are
-never produced), the added tokens in another. Here they become one vocabulary, cut and joined as the published class does.
+`lang_model.lm_head.`. Its embeddings are decoupled: the original vocabulary in one matrix (with rows of padding that
+are never produced), the added tokens in another. Here they become one vocabulary, cut and joined as the published class
+does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
@@ -20,6 +21,14 @@ from aki.models.modeling import AkiForConditionalGeneration
 from aki.models.templates import IMAGE_TOKEN
 
 _SHOWN = 10
+_GROUPS = {"vision_tokenizer.": "connector.", "lang_model.": "language_model."}
+"""Prefixes: the published, ours."""
+_ADDED = {
+    "lang_model.model.embed_tokens.weight": "lang_model.model.embed_tokens.additional_embedding.weight",
+    "lang_model.lm_head.weight": "lang_model.lm_head.additional_fc.weight",
+    "lang_model.lm_head.bias": "lang_model.lm_head.additional_fc.bias",
+}
+"""Tensors over the original vocabulary, and the same for the added tokens."""
 
 
 class CheckpointError(ValueError):
@@ -36,10 +45,11 @@ def load_published(folder: str | Path) -> AkiForConditionalGeneration:
     """
     folder = Path(folder)
     config, meta = read_published_config(folder)
+    original_tokens = meta["initial_tokenizer_len"]
     model = AkiForConditionalGeneration(config)
-    state = published_to_aki(_read_tensors(folder), config, meta["initial_tokenizer_len"])
-    check_tensors(state, model.state_dict(), folder)
-    model.load_state_dict(state)
+    tensors = _read_tensors(folder, original_tokens)
+    check_tensors(tensors, published_shapes(model.state_dict(), original_tokens), folder)
+    model.load_state_dict(published_to_aki(tensors))
     return model.eval()
 
 
@@ -49,91 +59,118 @@ def read_published_config(folder: Path) -> tuple[AkiConfig, dict]:
         meta = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder.") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder}/config.json is broken: {error}") from error
     missing = [key for key in ("initial_tokenizer_len", "num_vision_tokens") if key not in meta]
     if missing:
         raise CheckpointError(f"{folder}/config.json has no {', '.join(missing)}: it is not in the published layout.")
-    vision = _backbone(meta, "vision", "vision_encoder_path")
-    text = _backbone(meta, "text", "lang_model_path")
-    vision = getattr(vision, "vision_config", vision)
-    added = _added_tokens(folder)
-    text.vocab_size = meta["initial_tokenizer_len"] + added
+    text = _backbone(folder, meta, "text", "lang_model_path")
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, meta.get(name, getattr(text, name)))
+    text.vocab_size = meta["initial_tokenizer_len"] + _added_tokens(folder)
     text.tie_word_embeddings = False
-    image_token_id = meta.get("image_token_id")
-    if image_token_id is None:
-        image_token_id = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(IMAGE_TOKEN)
     config = AkiConfig(
-        vision_config=vision,
+        vision_config=_backbone(folder, meta, "vision", "vision_encoder_path"),
         text_config=text,
         connector_config={"connector": "perceiver_resampler", "num_latents": meta["num_vision_tokens"]},
-        image_token_id=image_token_id,
+        image_token_id=_image_token_id(folder, meta),
         attention_rule="mma",
         output_bias=True,
     )
     return config, meta
 
 
-def published_to_aki(tensors: dict[str, Tensor], config: AkiConfig, original_tokens: int) -> dict[str, Tensor]:
-    """Rename the published tensors, and join the two vocabularies: the first `original_tokens` rows, then the added."""
-    added = {
-        "lang_model.model.embed_tokens.weight": "lang_model.model.embed_tokens.additional_embedding.weight",
-        "lang_model.lm_head.weight": "lang_model.lm_head.additional_fc.weight",
-        "lang_model.lm_head.bias": "lang_model.lm_head.additional_fc.bias",
-    }
-    state = {}
-    for name, tensor in tensors.items():
-        if name in added.values():
-            continue
-        if name in added and added[name] in tensors:
-            tensor = torch.cat([tensor[:original_tokens], tensors[added[name]]])
-        state[_rename(name)] = tensor
-    return state
+def published_shapes(state: dict[str, Tensor], original_tokens: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint in the published layout, from the state of an `AkiForConditionalGeneration`."""
+    shapes = {}
+    for ours, tensor in state.items():
+        name, shape = _published_name(ours), tuple(tensor.shape)
+        if name in _ADDED:
+            shapes[_ADDED[name]] = (shape[0] - original_tokens, *shape[1:])
+            shape = (original_tokens, *shape[1:])
+        shapes[name] = shape
+    return shapes
 
 
-def check_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
+def published_to_aki(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the published tensors, and join the two vocabularies: the original rows, then the added."""
+    joined = {name: torch.cat([tensors[name], tensors[added]]) for name, added in _ADDED.items()}
+    return {_our_name(name): tensor for name, tensor in (tensors | joined).items() if name not in _ADDED.values()}
+
+
+def check_tensors(found: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
     """Compare names and shapes.
 
     Raises:
         CheckpointError: naming up to ten that are missing, extra or misshapen.
     """
-    problems = [f"missing {name} {tuple(wanted[name].shape)}" for name in wanted.keys() - found.keys()]
+    problems = [f"missing {name} {wanted[name]}" for name in wanted.keys() - found.keys()]
     problems += [f"extra {name}" for name in found.keys() - wanted.keys()]
     problems += [
-        f"{name} is {tuple(found[name].shape)}, expected {tuple(wanted[name].shape)}"
+        f"{name} is {tuple(found[name].shape)}, expected {wanted[name]}"
         for name in wanted.keys() & found.keys()
-        if found[name].shape != wanted[name].shape
+        if found[name].shape != wanted[name]
     ]
     if problems:
-        rest = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         shown = "; ".join(sorted(problems)[:_SHOWN])
         raise CheckpointError(f"{folder} does not fit its config.json in {len(problems)} tensors: {shown}{rest}.")
 
 
-def _rename(name: str) -> str:
-    for published, ours in (("vision_tokenizer.", "connector."), ("lang_model.", "language_model.")):
+def _our_name(name: str) -> str:
+    for published, ours in _GROUPS.items():
         if name.startswith(published):
             return ours + name.removeprefix(published)
     return name
 
 
-def _backbone(meta: dict, key: str, path_key: str) -> PreTrainedConfig:
+def _published_name(name: str) -> str:
+    for published, ours in _GROUPS.items():
+        if name.startswith(ours):
+            return published + name.removeprefix(ours)
+    return name
+
+
+def _backbone(folder: Path, meta: dict, key: str, path_key: str) -> PreTrainedConfig:
     if key in meta:
-        ids = {name: meta[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in meta}
-        sizes = meta[key] | (ids if key == "text" else {})
-        return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+        return AutoConfig.for_model(**meta[key])
+    if path_key not in meta:
+        raise CheckpointError(
+            f"{folder}/config.json has neither {key} nor {path_key}: it is not in the published layout."
+        )
     return AutoConfig.from_pretrained(meta[path_key])
+
+
+def _image_token_id(folder: Path, meta: dict) -> int:
+    if "image_token_id" in meta:
+        return meta["image_token_id"]
+    try:
+        token_id = AutoTokenizer.from_pretrained(folder).get_vocab().get(IMAGE_TOKEN)
+    except (OSError, ValueError):
+        token_id = None
+    if token_id is None:
+        raise CheckpointError(
+            f"{folder}/config.json has no image_token_id, and the folder no tokenizer that knows {IMAGE_TOKEN}: "
+            "add the checkpoint's tokenizer files."
+        )
+    return token_id
 
 
 def _added_tokens(folder: Path) -> int:
     with _open(folder) as file:
-        name = "lang_model.model.embed_tokens.additional_embedding.weight"
-        if name not in file.keys():
+        name = _ADDED["lang_model.model.embed_tokens.weight"]
+        stored = file.keys()
+        if name not in stored:
             raise CheckpointError(f"{folder}/model.safetensors has no {name}: it is not in the published layout.")
         return file.get_slice(name).get_shape()[0]
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, original_tokens: int) -> dict[str, Tensor]:
+    """All tensors; the original vocabulary's without the rows of padding behind it."""
     with _open(folder) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        stored = file.keys()
+        tensors = {name: file.get_tensor(name) for name in stored}
+    return {name: tensor[:original_tokens] if name in _ADDED else tensor for name, tensor in tensors.items()}
 
 
 def _open(folder: Path):
@@ -142,5 +179,5 @@ def _open(folder: Path):
         raise CheckpointError(f"{folder} has no model.safetensors.")
     try:
         return safe_open(path, "pt")
-    except Exception as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{path} is broken: {error}") from error
