@@ -47,6 +47,8 @@ class AkiConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="phi3"),
         "connector_config": AkiConnectorConfig,
     }
+    # Those to which transformers hands an attention implementation; the connector is no transformers model.
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -63,6 +65,24 @@ class AkiConfig(PreTrainedConfig):
         # A contrastive checkpoint (CLIP, SigLIP) names both towers; the picture's is the one wanted.
         self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """As transformers', which only warns where the configuration is another model's and takes the defaults instead.
+
+        Raises:
+            ValueError: the configuration is not an AKI one.
+        """
+        found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        kind = found.get("model_type")
+        if kind != cls.model_type:
+            what = f"a model of type {kind!r}" if kind else "a model of no named type"
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds {what}, not an AKI model: AkiForConditionalGeneration.from_backbones "
+                "makes one from a vision encoder and a language model, aki.models.published.load_published reads the "
+                "published checkpoint."
+            )
+        return found, kwargs
 
     @property
     def num_patches(self) -> int:

@@ -1,0 +1,41 @@
+# Everything runs in .venv; the install is done again when its inputs change.
+PYTHON ?= python3
+BIN := .venv/bin
+CPU_THREADS := $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: install quickstart digits test test-slow lint bench-step masks clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("aki needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/aki compare recipes/quickstart.yaml --output runs/quickstart
+
+digits: install
+	$(BIN)/aki compare recipes/digits.yaml --seeds 3 --output runs/digits
+
+test: install
+	$(BIN)/pytest -m 'not slow' -n $(CPU_THREADS)
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-step: install
+	$(BIN)/python benchmarks/step.py
+
+masks: install
+	$(BIN)/aki mask --rule mma --picture docs/mma.png
+
+clean:
+	rm -rf .venv runs

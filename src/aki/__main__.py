@@ -1,0 +1,3 @@
+from aki.cli import main
+
+main()

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from aki.training.recipe import RecipeError, load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def write(tmp_path, change):
+    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    change(values)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_of_the_repository_loads(name):
+    recipe = load_recipe(RECIPES / name)
+    assert recipe.pretrain.rule == "causal"
+    assert isinstance(recipe.sft.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["sft"].update(stepz=3), r"unknown key 'sft.stepz': did you mean 'steps'\?"),
+        (lambda v: v.update(pretain={}), r"unknown key 'pretain': did you mean 'pretrain'\?"),
+        (lambda v: v["sft"].pop("steps"), "the key 'sft.steps' is missing"),
+        (lambda v: v["sft"].update(steps="many"), "sft.steps should be int, it is 'many'"),
+        (lambda v: v["sft"].update(steps=True), "sft.steps should be int"),
+        (lambda v: v["sft"].update(steps=0), "steps must be at least 1"),
+        (lambda v: v["sft"].update(learning_rate="fast"), "sft.learning_rate should be float"),
+        (lambda v: v["sft"].update(rule="nma"), r"no attention rule 'nma'.*Did you mean 'mma'\?"),
+        (lambda v: v["sft"].update(task="vqa"), "task 'vqa' is not known; there are caption, question"),
+        (lambda v: v["sft"].update(frozen=["eyes"]), "frozen 'eyes' is not known"),
+        (lambda v: v.update(data=[1]), "data should be a mapping"),
+    ],
+)
+def test_a_wrong_recipe_is_a_sentence_with_the_file(tmp_path, change, message):
+    path = write(tmp_path, change)
+    with pytest.raises(RecipeError, match=message) as error:
+        load_recipe(path)
+    assert str(path) in str(error.value)
+
+
+def test_no_file_and_no_yaml(tmp_path):
+    with pytest.raises(RecipeError, match="there is no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+def test_numbers_as_yaml_writes_them(tmp_path):
+    recipe = load_recipe(write(tmp_path, lambda v: v["sft"].update(learning_rate="1e-3", clip=1)))
+    assert recipe.sft.learning_rate == 0.001
+    assert recipe.sft.clip == 1.0
