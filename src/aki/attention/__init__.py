@@ -1,4 +1,4 @@
-"""Which token may see which (`rules`), how that is computed (`dense`), and the proof that it does not leak (`guard`)."""
+"""Which token may see which (`rules`), how that is computed (`dense`), and the proof that nothing leaks (`guard`)."""
 
 from aki.attention.dense import dense_mask, language_model_masks
 from aki.attention.guard import LeakError, check_no_leak, reach

@@ -80,14 +80,11 @@ def _overlay(allowed: Tensor, own: Tensor | None, cache: Cache | None, layer: in
     key = torch.arange(keys, device=device) + first_key - seen
     query = torch.arange(length, device=device)[:, None]
     in_call = (key >= 0) & (key < length)
-    if keys == length and first_key == seen:
-        ruled = allowed
-    else:
-        ruled = allowed[..., key.clamp(0, length - 1)] & in_call
-    behind, ahead = key <= query, key > query
-    if own is None:
-        return (behind & (ruled | ~in_call)) | (ahead & ruled)
-    return (own & (ruled | ~in_call | ahead)) | (ahead & ruled)
+    ruled = allowed if keys == length and first_key == seen else allowed[..., key.clamp(0, length - 1)] & in_call
+    behind = key <= query
+    # None is transformers' shorthand for plain causal attention.
+    own = behind if own is None else own
+    return (own & (ruled | ~in_call)) | (ruled & ~behind)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

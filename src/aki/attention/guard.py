@@ -1,8 +1,9 @@
 """The leak guard: refuses a batch in which a token is learned from its own future.
 
 Row q is supervised when labels[q + 1] is a label. It leaks when what q sees, directly or through other tokens over any
-number of layers, reaches past q. For a rule that contains causal attention that reach is exactly the running maximum of
-`far` within the document, so the guard needs no mask and is linear in the batch.
+number of layers, reaches past q. With a rule that contains causal attention it does so exactly where the running
+maximum of `far` within the document does: the first step past q is taken from a token at or before q, and q sees all of
+those. So the guard needs no mask and is linear in the batch.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ class LeakError(ValueError):
 
 
 def reach(rule: Rule, layout: SequenceLayout) -> Tensor:
-    """(batch, length): the last position that each token learns of through any number of layers.
+    """(batch, length): the last position that is seen by a token or by those before it in its document.
 
-    Exact for rules that contain causal attention, an upper bound for the others.
+    It is past the token exactly if the token learns of its future through any number of layers; with a rule that does
+    not contain causal attention, it may also be past a token that does not.
     """
     far = rule.far(layout).masked_fill(layout.is_padding, -1)
     # Documents stand one behind the other, so a document's own first position is a floor nothing earlier can exceed.
@@ -47,9 +49,9 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
     beyond_causal = rule.name != "causal"
     if beyond_causal and layout.is_media.any() and supervised.any() and not ahead.any():
         raise LeakError(
-            f"the rule {rule.name!r} opens nothing in this batch: no picture has prompt text that it could see, because "
-            "every text token after it is a label. On captions train with attention_rule='causal' (as the paper does in "
-            "pre-training); on questions, label the answers only."
+            f"the rule {rule.name!r} opens nothing in this batch: no picture has prompt text that it could see, "
+            "because every text token after it is a label. On captions train with attention_rule='causal' (as the "
+            "paper does in pre-training); on questions, label the answers only."
         )
 
 

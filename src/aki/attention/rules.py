@@ -1,8 +1,8 @@
 """The visibility rules: may the token at position q see the token at position k?
 
-A rule is one short function of (layout, batch, query, key) in the style of a FlexAttention mask: the indices are integer
-tensors of any shapes that broadcast, so the same lines give one entry, a row, or the whole mask. Documents and padding
-are nobody's rule: `sees` applies them to all.
+A rule is one short function of (layout, batch, query, key) in the style of a FlexAttention mask: the indices are
+integer tensors of any shapes that broadcast, so the same lines give one entry, a row, or the whole mask. Documents and
+padding are nobody's rule: `sees` applies them to all.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ def last_in_group(layout: SequenceLayout, group: Tensor, member: Tensor) -> Tens
         member: (batch, length) bool.
     """
     belongs = (group >= 0) & ~layout.is_padding
-    width = int(group.max()) + 2 if group.numel() else 1
-    key = torch.where(belongs, layout.document * width + group + 1, 0)
-    positions = far_causal(layout).masked_fill(~(member & belongs), -1)
-    last = positions.new_full((group.shape[0], int(key.max()) + 1), -1).scatter_reduce(1, key, positions, "amax")
-    return last.gather(1, key).masked_fill(~belongs, -1)
+    row = torch.arange(group.shape[0], device=group.device)[:, None]
+    name = (row * group.shape[1] + layout.document) * (group.max() + 1) + group
+    names, index = name[belongs].unique(return_inverse=True)
+    positions = far_causal(layout).masked_fill(~member, -1)[belongs]
+    last = positions.new_full(names.shape, -1).scatter_reduce(0, index, positions, "amax")
+    return torch.full_like(group, -1).masked_scatter(belongs, last[index])
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Rule:
     far: Callable[[SequenceLayout], Tensor]
 
     def sees(self, layout: SequenceLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """The rule within documents. Padding is never a key; as a query it keeps the row that it has without documents."""
+        """The rule within documents. Padding is never a key; as a query it keeps its row, whatever the document."""
         q_document, k_document = layout.document[b, q], layout.document[b, k]
         together = ((q_document == k_document) | (q_document < 0)) & (k_document >= 0)
         return self.allows(layout, b, q, k) & together

@@ -64,9 +64,8 @@ def read_published_config(folder: Path) -> tuple[AkiConfig, dict]:
     missing = [key for key in ("initial_tokenizer_len", "num_vision_tokens") if key not in meta]
     if missing:
         raise CheckpointError(f"{folder}/config.json has no {', '.join(missing)}: it is not in the published layout.")
-    text = _backbone(folder, meta, "text", "lang_model_path")
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(text, name, meta.get(name, getattr(text, name)))
+    token_ids = {name: meta[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in meta}
+    text = _backbone(folder, meta, "text", "lang_model_path", **token_ids)
     text.vocab_size = meta["initial_tokenizer_len"] + _added_tokens(folder)
     text.tie_word_embeddings = False
     config = AkiConfig(
@@ -131,14 +130,14 @@ def _published_name(name: str) -> str:
     return name
 
 
-def _backbone(folder: Path, meta: dict, key: str, path_key: str) -> PreTrainedConfig:
+def _backbone(folder: Path, meta: dict, key: str, path_key: str, **changes) -> PreTrainedConfig:
     if key in meta:
-        return AutoConfig.for_model(**meta[key])
+        return AutoConfig.for_model(**meta[key] | changes)
     if path_key not in meta:
         raise CheckpointError(
             f"{folder}/config.json has neither {key} nor {path_key}: it is not in the published layout."
         )
-    return AutoConfig.from_pretrained(meta[path_key])
+    return AutoConfig.from_pretrained(meta[path_key], **changes)
 
 
 def _image_token_id(folder: Path, meta: dict) -> int:
