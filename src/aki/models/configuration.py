@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -42,13 +44,13 @@ class AkiConfig(PreTrainedConfig):
     """
 
     model_type = "aki"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="phi3"),
         "connector_config": AkiConnectorConfig,
     }
     # Those to which transformers hands an attention implementation; the connector is no transformers model.
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs: ClassVar = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -78,27 +80,32 @@ class AkiConfig(PreTrainedConfig):
         if kind != cls.model_type:
             what = f"a model of type {kind!r}" if kind else "a model of no named type"
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds {what}, not an AKI model: AkiForConditionalGeneration.from_backbones "
-                "makes one from a vision encoder and a language model, aki.models.published.load_published reads the "
-                "published checkpoint."
+                f"{pretrained_model_name_or_path} holds {what}, not an AKI model. "
+                "AkiForConditionalGeneration.from_backbones makes one from a vision encoder and a language model, "
+                "aki.models.published.load_published reads the published checkpoint."
             )
         return found, kwargs
 
     @property
-    def num_patches(self) -> int:
-        """Patches of one image.
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the pictures that the vision encoder takes.
 
         Raises:
-            ValueError: the encoder has no fixed image size.
+            ValueError: the encoder has no fixed size.
         """
-        size, patch = getattr(self.vision_config, "image_size", None), getattr(self.vision_config, "patch_size", None)
-        if size is None or patch is None:
+        size = getattr(self.vision_config, "image_size", None)
+        if size is None:
             raise ValueError(
-                f"the vision encoder {self.vision_config.model_type!r} has no fixed image_size and patch_size (NaFlex "
-                "encoders take patches of any size, which AKI does not): use a fixed-resolution checkpoint, for "
-                "instance google/siglip2-so400m-patch14-384."
+                f"the vision encoder {self.vision_config.model_type!r} has no fixed image_size (NaFlex encoders take "
+                "pictures of any size, which AKI does not): use a fixed-resolution checkpoint, for instance "
+                "google/siglip2-so400m-patch14-384."
             )
-        (height, width), (patch_height, patch_width) = _pair(size), _pair(patch)
+        return _pair(size)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        (height, width), (patch_height, patch_width) = self.image_size, _pair(self.vision_config.patch_size)
         return (height // patch_height) * (width // patch_width)
 
     @property

@@ -24,7 +24,9 @@ class PerceiverAttention(nn.Module):
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
         features, latents = self.norm_media(features), self.norm_latents(latents)
         keys, values = self.to_kv(torch.cat([features, latents], dim=1)).chunk(2, dim=-1)
-        query, keys, values = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (self.to_q(latents), keys, values))
+        query, keys, values = (
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (self.to_q(latents), keys, values)
+        )
         attended = nn.functional.scaled_dot_product_attention(query, keys, values)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 

@@ -1,9 +1,8 @@
-"""Pictures as they come to pictures as the model takes them: upright, 8-bit RGB, or a sentence that says what is wrong."""
+"""Pictures as they come to pictures as the model takes them: upright, 8-bit RGB, or a sentence that says why not."""
 
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import warnings
 from pathlib import Path
@@ -16,6 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded: a small file can hold billions of pixels."""
 
+_SHOWN = 200
+"""Characters of a name that a message repeats: a string that should have been a path may be a whole file."""
+
 
 class ImageError(ValueError):
     """A picture that cannot be read."""
@@ -24,8 +26,8 @@ class ImageError(ValueError):
 def open_image(source: Any, *, timeout: float = 30.0) -> Image.Image:
     """Open a picture.
 
-    The first frame of an animation is taken, EXIF rotation is applied, 16 bits are scaled to 8, palettes and CMYK become
-    RGB, and what is transparent becomes white.
+    The first frame of an animation is taken, EXIF rotation is applied, 16 bits are scaled to 8, palettes and CMYK
+    become RGB, and what is transparent becomes white.
 
     Args:
         source: a path, an http(s) URL, a data URL, bytes, a PIL image, or an array (height, width, 3 or 4) of uint8.
@@ -37,28 +39,38 @@ def open_image(source: Any, *, timeout: float = 30.0) -> Image.Image:
     name = _describe(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Pillow warns from another number of pixels on than MAX_PIXELS.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = source if isinstance(source, Image.Image) else _open(source, timeout)
-            if image.width == 0 or image.height == 0:
-                raise ImageError(f"{name} has no pixels ({image.width} x {image.height}).")
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(
-                    f"{name} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are allowed: "
-                    "scale it down first."
-                )
+            _check_size(name, image)
             image.seek(0)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError(f"there is no picture at {name}.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except IsADirectoryError as error:
+        raise ImageError(f"{name} is a folder, not a picture.") from error
+    except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is refused, it would unpack to too many pixels: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not a picture that Pillow can read.") from error
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ImageError(f"{name} could not be fetched: {error}") from error
-    except (OSError, SyntaxError, EOFError, binascii.Error) as error:
-        raise ImageError(f"{name} is broken or truncated: {error}") from error
+    except Exception as error:
+        # Pillow's decoders raise anything on a broken file: OSError, ValueError, IndexError, RuntimeError, ...
+        raise ImageError(f"{name} is broken or truncated: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _check_size(name: str, image: Image.Image) -> None:
+    if image.width == 0 or image.height == 0:
+        raise ImageError(f"{name} has no pixels ({image.width} x {image.height}).")
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            f"{name} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are allowed: "
+            "scale it down first."
+        )
 
 
 def _open(source: Any, timeout: float) -> Image.Image:
@@ -74,7 +86,9 @@ def _open(source: Any, timeout: float) -> Image.Image:
     if isinstance(source, Path):
         return Image.open(source)
     if not isinstance(source, str):
-        raise ImageError(f"a {type(source).__name__} is not a picture: pass a path, a URL, bytes, an array or a PIL image.")
+        raise ImageError(
+            f"a {type(source).__name__} is not a picture: pass a path, a URL, bytes, an array or a PIL image."
+        )
     if source.startswith(("http://", "https://")):
         response = httpx.get(source, timeout=timeout, follow_redirects=True)
         response.raise_for_status()
@@ -85,7 +99,7 @@ def _open(source: Any, timeout: float) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
@@ -100,7 +114,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _describe(source: Any) -> str:
     if isinstance(source, str):
-        return "the data URL" if source.startswith("data:") else source
+        return "the data URL" if source.startswith("data:") else source[:_SHOWN]
     if isinstance(source, Path):
         return str(source)
     return getattr(source, "filename", None) or f"the {type(source).__name__} given"

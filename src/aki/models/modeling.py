@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from aki.attention import get_rule, language_model_masks
@@ -44,7 +45,7 @@ class AkiPreTrainedModel(PreTrainedModel):
     base_model_prefix = "language_model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -66,9 +67,21 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         self.connector = build_connector(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if config.output_bias:
-            head = self.language_model.get_output_embeddings()
-            self.language_model.set_output_embeddings(nn.Linear(head.in_features, head.out_features, bias=True))
+            _add_output_bias(self.language_model)
         self.post_init()
+        # A placeholder stands for a picture that comes in; it is never an answer.
+        self.generation_config.suppress_tokens = [config.image_token_id]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As transformers' `from_pretrained`, which would make up missing weights at random.
+
+        Raises:
+            ValueError: the checkpoint is another model's, or lacks weights.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        _check_complete(pretrained_model_name_or_path, info["missing_keys"])
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def from_backbones(
@@ -76,22 +89,36 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
     ) -> AkiForConditionalGeneration:
         """Join a pretrained vision encoder and a pretrained language model through a new connector.
 
+        All of it takes the dtype of the language model's checkpoint.
+
         Args:
             vision_encoder: hub id or folder of the encoder.
             language_model: hub id or folder of the language model.
             image_token_id: id of the placeholder, `len(tokenizer) - 1` after adding it as the last token.
             vocab_size: `len(tokenizer)` after adding tokens; the embeddings grow to it.
             config: further fields of `AkiConfig`.
+
+        Raises:
+            ValueError: a checkpoint lacks weights, or the encoder wants more than pixels.
         """
-        vision_config = AutoConfig.from_pretrained(vision_encoder)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
-        text_config = AutoConfig.from_pretrained(language_model)
-        model = cls(AkiConfig(vision_config=vision_config, text_config=text_config, image_token_id=image_token_id, **config))
-        model.vision_encoder = AutoModel.from_pretrained(vision_encoder, config=model.config.vision_config)
-        model.language_model = AutoModelForCausalLM.from_pretrained(language_model, config=model.config.text_config)
-        if vocab_size is not None and vocab_size > model.config.text_config.vocab_size:
+        joined = AkiConfig(
+            vision_config=AutoConfig.from_pretrained(vision_encoder),
+            text_config=AutoConfig.from_pretrained(language_model),
+            image_token_id=image_token_id,
+            **config,
+        )
+        with torch.device("meta"):
+            model = cls(joined)
+        model.vision_encoder = _load_backbone(AutoModel, vision_encoder, joined.vision_config)
+        model.language_model = _load_backbone(AutoModelForCausalLM, language_model, joined.text_config)
+        # from_pretrained copies the configuration that it is given.
+        joined.vision_config, joined.text_config = model.vision_encoder.config, model.language_model.config
+        if joined.output_bias:
+            _add_output_bias(model.language_model)
+        if vocab_size is not None and vocab_size > joined.text_config.vocab_size:
             model.resize_token_embeddings(vocab_size)
-        return model
+        model.connector = build_connector(joined).apply(model._init_weights)
+        return model.to(model.language_model.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -113,7 +140,16 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
 
         Returns:
             (images, embeddings an image, text width).
+
+        Raises:
+            ValueError: the images are not of the encoder's size.
         """
+        size, expected = tuple(pixel_values.shape[-2:]), self.config.image_size
+        if size != expected:
+            raise ValueError(
+                f"pixel_values are {size[0]} x {size[1]}, the vision encoder takes {expected[0]} x {expected[1]}: "
+                "give the image processor that size."
+            )
         features = self.vision_encoder(pixel_values.to(self.vision_encoder.dtype)).last_hidden_state
         # Class and register tokens come before the patches.
         return self.connector(features[:, -self.config.num_patches :])
@@ -159,8 +195,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (batch, length) int; `config.image_token_id` once for every embedding of an image.
             pixel_values: (images of the whole batch in order, channels, height, width) float.
-            attention_mask: (batch, cached + length), 0 is padding; or masks already prepared, which are then used as is.
-            position_ids: (batch, length) int. Absent: counted over the attention mask, so padding on either side is free.
+            attention_mask: (batch, cached + length), 0 is padding; or masks already prepared, which are used as is.
+            position_ids: (batch, length) int. Absent: counted over the attention mask, so padding may be on any side.
             past_key_values: what was seen before; it stays causal.
             inputs_embeds: (batch, length, width) instead of input_ids, for text alone.
             labels: (batch, length) int, -100 is not learned. What stands on image placeholders is ignored.
@@ -239,7 +275,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         _check_count(int(placeholders.sum()), image_embeds.shape[0], self.config.image_seq_length)
         return inputs_embeds.masked_scatter(placeholders[..., None], image_embeds.to(inputs_embeds))
 
-    def generate(self, inputs: Tensor | None = None, **kwargs) -> Tensor:
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """As transformers' `generate`; prompt blocks are settled on the prompt, so that answers never join them.
 
         Raises:
@@ -250,45 +286,47 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
             self._check_context(input_ids.shape[1])
             if kwargs.get("prompt_block_ids") is None:
                 kwargs["prompt_block_ids"] = torch.zeros_like(input_ids)
-        return super().generate(inputs, **kwargs)
+        return super().generate(inputs, *args, **kwargs)
 
     def _check_context(self, length: int) -> None:
         context = getattr(self.config.text_config, "max_position_embeddings", None)
         if context is not None and length >= context:
             raise ValueError(
-                f"the prompt has {length} tokens, the model's context is {context}: shorten the text, send fewer images, "
-                f"or drop earlier turns (one image is {self.config.image_seq_length} tokens)."
+                f"the prompt has {length} tokens, the model's context is {context}: shorten the text, send fewer "
+                f"images, or drop earlier turns (one image is {self.config.image_seq_length} tokens)."
             )
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: Tensor,
+        input_ids: Any,
         pixel_values: Tensor | None = None,
         prompt_block_ids: Tensor | None = None,
-        is_first_iteration: bool = False,
+        is_first_iteration: bool | None = False,
         **kwargs,
-    ) -> dict:
+    ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(
             input_ids, pixel_values=pixel_values, is_first_iteration=is_first_iteration, **kwargs
         )
-        length = inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else inputs["inputs_embeds"].shape[1]
+        length = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
         if prompt_block_ids is not None:
             # What was generated since is answer.
             answered = input_ids.shape[1] - prompt_block_ids.shape[1]
             inputs["prompt_block_ids"] = nn.functional.pad(prompt_block_ids, (0, answered), value=-1)[:, -length:]
         if inputs.get("pixel_values") is not None:
-            inputs["pixel_values"] = self._images_from(input_ids, input_ids.shape[1] - length, pixel_values)
+            inputs["pixel_values"] = self._images_from(input_ids, input_ids.shape[1] - length, inputs["pixel_values"])
         return inputs
 
-    def create_masks_for_generate(self, attention_mask: Tensor | None = None, is_first_iteration: bool = False, **kwargs):
-        """With a static cache transformers asks for the masks beforehand. The prefill's is made in forward, by the rule;
-        what is decoded after it is causal."""
+    def create_masks_for_generate(
+        self, attention_mask: Tensor | None = None, is_first_iteration: bool = False, **kwargs
+    ) -> Tensor | dict[str, Tensor] | None:
+        """With a static cache transformers asks for the masks beforehand. The prefill's is made in forward, by the
+        rule; what is decoded after it is causal."""
         if is_first_iteration:
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _images_from(self, input_ids: Tensor, start: int, pixel_values: Tensor) -> Tensor | None:
-        """Of all images of the prompt, those whose placeholders are at `start` or later: the others are in the cache."""
+        """Of the prompt's images, those whose placeholders are at `start` or later: the others are in the cache."""
         if start == 0:
             return pixel_values
         is_image = input_ids == self.config.image_token_id
@@ -320,9 +358,30 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
 def _check_count(placeholders: int, images: int, tokens_per_image: int) -> None:
     if placeholders != images * tokens_per_image:
         raise ValueError(
-            f"{images} image(s) need {images * tokens_per_image} placeholders in input_ids ({tokens_per_image} an image), "
-            f"found {placeholders}: pass the images that the prompt names, and let the processor write the placeholders."
+            f"{images} image(s) need {images * tokens_per_image} placeholders in input_ids ({tokens_per_image} an "
+            f"image), found {placeholders}: pass the images that the prompt names, and let the processor write the "
+            "placeholders."
         )
+
+
+def _check_complete(name: str, missing: set[str]) -> None:
+    if missing:
+        shown = ", ".join(sorted(missing)[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise ValueError(
+            f"the checkpoint {name} lacks {len(missing)} of the weights that its config.json describes, which would be "
+            f"left random: {shown}."
+        )
+
+
+def _load_backbone(auto_class: Any, name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True)
+    _check_complete(name, info["missing_keys"])
+    return model
+
+
+def _add_output_bias(language_model: PreTrainedModel) -> None:
+    head = language_model.get_output_embeddings()
+    head.bias = nn.Parameter(head.weight.new_zeros(head.out_features))
 
 
 def _check_takes_images_only(encoder: PreTrainedModel) -> None:
@@ -335,6 +394,6 @@ def _check_takes_images_only(encoder: PreTrainedModel) -> None:
     ]
     if required:
         raise ValueError(
-            f"the vision encoder {encoder.config.model_type!r} wants more than pixel_values ({', '.join(required)}); AKI "
-            "takes fixed-resolution encoders (SigLIP, SigLIP 2 fixed, CLIP, DINOv2), not NaFlex."
+            f"the vision encoder {encoder.config.model_type!r} wants more than pixel_values ({', '.join(required)}): "
+            "AKI takes fixed-resolution encoders (SigLIP, SigLIP 2 fixed, CLIP, DINOv2), not NaFlex ones."
         )

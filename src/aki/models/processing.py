@@ -36,10 +36,9 @@ class AkiProcessor(ProcessorMixin):
         **kwargs,
     ):
         self.image_seq_length = image_seq_length
-        self.image_token = image_token
-        self.answer_token = answer_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+        self.image_token, self.image_token_id = image_token, _token_id(tokenizer, image_token)
+        self.answer_token, self.answer_token_id = answer_token, _token_id(tokenizer, answer_token)
+        if self.image_token_id is None:
             raise ValueError(f"the tokenizer does not know the image token {image_token!r}: add it as a special token.")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -62,65 +61,87 @@ class AkiProcessor(ProcessorMixin):
             images = None if images == [] else images
         return super().__call__(images=images, text=text, **kwargs)
 
+    def validate_inputs(self, images=None, text=None, **kwargs) -> None:
+        """As transformers', which compares the totals alone, and also each text with its own list of images."""
+        super().validate_inputs(images=images, text=text, **kwargs)
+        if isinstance(images, list) and isinstance(images[0], list) and text is not None:
+            for row, (sample, own) in enumerate(zip(text, images, strict=True)):
+                if sample.count(self.image_token) != len(own):
+                    raise ValueError(
+                        f"text {row} names {sample.count(self.image_token)} image(s) and has {len(own)}: "
+                        f"pass one image for each {self.image_token}."
+                    )
+
     def apply_chat_template(self, conversation, *args, **kwargs) -> Any:
         """As transformers' `apply_chat_template`; with `tokenize=True, return_dict=True` also `prompt_block_ids`.
 
-        `prompt_block_ids` has the shape of input_ids: 0, 1, ... for each stretch of prompt between answers, each up to and
-        including the token that starts the answer; -1 for answers, captions and padding.
+        `prompt_block_ids` has the shape of input_ids: 0, 1, ... for each stretch of prompt between answers, each up to
+        and including the token that starts the answer; -1 for answers, captions and padding.
 
         Raises:
-            ValueError: an empty chat or question, or a template without generation tags.
+            ValueError: an empty chat or question, or a template that does not mark the answers.
             ImageError: an image that cannot be read.
         """
         conversation = _prepare(conversation)
         if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             return super().apply_chat_template(conversation, *args, **kwargs)
         return_tensors = kwargs.pop("return_tensors", None)
+        asked_for_masks = kwargs.pop("return_assistant_tokens_mask", False)
         if kwargs.pop("continue_final_message", False):
             out = self._continued(conversation, *args, **kwargs)
         else:
-            out = super().apply_chat_template(
-                conversation, *args, **{**kwargs, "return_assistant_tokens_mask": True, "return_tensors": None}
-            )
-        if not kwargs.get("return_assistant_tokens_mask"):
-            answers = out.pop("assistant_masks")
-        else:
-            answers = out["assistant_masks"]
-        out["prompt_block_ids"] = self._prompt_blocks(out["input_ids"], out["attention_mask"], answers)
+            out = self._with_answers_marked(conversation, *args, **kwargs)
+        answers = out["assistant_masks"] if asked_for_masks else out.pop("assistant_masks")
+        out["prompt_block_ids"] = [
+            self._prompt_blocks(*row) for row in zip(out["input_ids"], out["attention_mask"], answers, strict=True)
+        ]
         return BatchFeature(dict(out), tensor_type=return_tensors)
 
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "prompt_block_ids"]
 
-    def _continued(self, conversation, *args, **kwargs) -> BatchFeature:
-        """The last answer is begun and not ended: what stands before it is found by leaving it out."""
-        batched = isinstance(conversation[0], list)
-        chats = conversation if batched else [conversation]
-        kwargs = {**kwargs, "return_tensors": None}
-        out = super().apply_chat_template(conversation, *args, **{**kwargs, "continue_final_message": True})
-        before = super().apply_chat_template(
-            [chat[:-1] for chat in chats],
-            *args,
-            **{**kwargs, "add_generation_prompt": True, "return_assistant_tokens_mask": True},
-        )
-        masks = []
-        for row, attention in enumerate(out["attention_mask"]):
-            known = [m for m, a in zip(before["assistant_masks"][row], before["attention_mask"][row], strict=True) if a]
-            real = sum(attention)
-            filled = iter(known[:real] + [1] * (real - len(known)))
-            masks.append([next(filled) if a else 0 for a in attention])
-        out["assistant_masks"] = masks
+    def _with_answers_marked(self, conversation, *args, **kwargs) -> Any:
+        out = self._rendered(conversation, *args, **kwargs, return_assistant_tokens_mask=True)
+        chats = conversation if isinstance(conversation[0], list) else [conversation]
+        for row, (chat, answers) in enumerate(zip(chats, out["assistant_masks"], strict=True)):
+            if any(message["role"] == "assistant" for message in chat) and not any(answers):
+                raise ValueError(
+                    f"no answer was found in chat {row}: the chat template must put "
+                    "{% generation %} and {% endgeneration %} around answers, and max_length must leave room for them."
+                )
         return out
 
-    def _prompt_blocks(self, input_ids: list, attention_mask: list, answers: list) -> list[list[int]]:
-        answer_start = self.tokenizer.convert_tokens_to_ids(self.answer_token)
-        rows = []
-        for ids, attention, answer in zip(input_ids, attention_mask, answers, strict=True):
-            ids, attention, answer = torch.tensor(ids), torch.tensor(attention), torch.tensor(answer)
-            prompt = ((answer == 0) | (ids == answer_start)) & (attention == 1)
-            rows.append(number_runs(prompt[None])[0].tolist())
-        return rows
+    def _continued(self, conversation, *args, **kwargs) -> Any:
+        """The last answer is begun and not ended: what stands before it is found by leaving it out."""
+        chats = conversation if isinstance(conversation[0], list) else [conversation]
+        out = self._rendered(conversation, *args, **kwargs, continue_final_message=True)
+        kwargs["add_generation_prompt"] = True
+        before = self._with_answers_marked([chat[:-1] for chat in chats], *args, **kwargs)
+        out["assistant_masks"] = []
+        for row, attention in enumerate(out["attention_mask"]):
+            known = [m for m, a in zip(before["assistant_masks"][row], before["attention_mask"][row], strict=True) if a]
+            begun = iter(known + [1] * sum(attention))
+            out["assistant_masks"].append([next(begun) if a else 0 for a in attention])
+        return out
+
+    def _rendered(self, *args, processor_kwargs: dict | None = None, **kwargs) -> Any:
+        # A copy, because transformers writes into it.
+        return super().apply_chat_template(
+            *args, **kwargs, processor_kwargs=dict(processor_kwargs or {}), return_tensors=None
+        )
+
+    def _prompt_blocks(self, input_ids: list[int], attention_mask: list[int], answers: list[int]) -> list[int]:
+        starts_answer = torch.tensor([token == self.answer_token_id for token in input_ids], dtype=torch.bool)
+        prompt = ((torch.tensor(answers) == 0) | starts_answer) & (torch.tensor(attention_mask) == 1)
+        blocks = number_runs(prompt[None])[0]
+        for block in range(int(blocks.max()) + 1):
+            inside = (blocks == block).nonzero()
+            starts = (starts_answer & (blocks == block)).nonzero()
+            # White space that a template writes after the token is answer (paper, section 3).
+            if len(starts):
+                blocks[int(starts[-1]) + 1 : int(inside[-1]) + 1] = -1
+        return blocks.tolist()
 
 
 def labels_from_prompt_blocks(input_ids: Tensor, attention_mask: Tensor, prompt_block_ids: Tensor, image_token_id: int):
@@ -131,6 +152,11 @@ def labels_from_prompt_blocks(input_ids: Tensor, attention_mask: Tensor, prompt_
     """
     learned = (prompt_block_ids < 0) & (attention_mask == 1) & (input_ids != image_token_id)
     return input_ids.masked_fill(~learned, -100)
+
+
+def _token_id(tokenizer, token: str) -> int | None:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    return None if token_id == tokenizer.unk_token_id else token_id
 
 
 def _open_nested(images):

@@ -15,7 +15,8 @@ _CONTENT = (
 
 SHORT = (
     "{%- set image_separator = '' -%}" + _CONTENT + "{%- for message in messages -%}"
-    "{%- if message.role == 'assistant' -%}" + ANSWER_TOKEN
+    "{%- if message.role == 'assistant' -%}"
+    + ANSWER_TOKEN
     + "{% generation %}{{ content(message) }}{{ eos_token }}{% endgeneration %}"
     "{%- elif message.role == 'system' -%}" + SYSTEM_TOKEN + "{{ content(message) }}"
     "{%- else -%}" + USER_TOKEN + "{{ content(message) }}"
@@ -28,7 +29,8 @@ CAPTION = (
     "{%- set image_separator = '' -%}" + _CONTENT + "{{- bos_token if bos_token else '' -}}"
     "{%- for message in messages -%}"
     "{%- if message.role == 'assistant' -%}{% generation %}{{ content(message) | trim }}"
-    + END_OF_CHUNK_TOKEN + "{{ eos_token }}{% endgeneration %}"
+    + END_OF_CHUNK_TOKEN
+    + "{{ eos_token }}{% endgeneration %}"
     "{%- else -%}{{ content(message) }}"
     "{%- endif -%}{%- endfor -%}"
 )
