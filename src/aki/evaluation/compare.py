@@ -102,7 +102,7 @@ def _run_cell(recipe: Recipe, output: Path, cell: Cell, threads: int, slot: int,
     recipe_file = folder / "recipe.yaml"
     recipe_file.write_text(yaml.safe_dump(_plain(of_cell), sort_keys=False))
     command = [sys.executable, "-m", "aki", "train", str(recipe_file), "--stage", cell.stage, "--output", str(folder)]
-    command += ["--resume", "--machine"]
+    command += ["--resume", "--progress", "json"]
     if cell.start_from:
         command += ["--start-from", str(output / cell.start_from)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}

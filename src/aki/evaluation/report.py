@@ -30,6 +30,23 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def write_report(results: Results, steps: int, folder: Path) -> str:
+    """Write `report.md` and `curves.png` to the folder; returns the report's text."""
+    seeds = len(next(iter(results.values())))
+    parts = [f"Held-out accuracy in percent after {steps} SFT steps, mean of {seeds} seed(s)", table(results)]
+    if seeds > 1:
+        parts.append(seeds_table(results))
+    for rule in results:
+        if rule != "causal" and "causal" in results:
+            step, last = steps_to_reach(results, rule)
+            reached = f"at step {step} of {last}" if step else f"not within {last} steps"
+            parts.append(f"{rule} reaches causal's final accuracy on the learning curve {reached}.")
+    report = "\n\n".join(parts) + "\n"
+    (folder / "report.md").write_text(report)
+    draw_curves(results, folder / "curves.png")
+    return report
+
+
 def seeds_table(results: Results) -> str:
     """Overall and searching accuracy of every seed."""
     seeds = [run["seed"] for run in next(iter(results.values()))]

@@ -97,11 +97,13 @@ def build_model(recipe: Recipe) -> tuple[AkiForConditionalGeneration, AkiProcess
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
+    text_config = _config(text)
     config = AkiConfig(
         vision_config=_config(recipe.model.vision),
-        text_config=_config(text),
+        text_config=text_config,
         connector_config=recipe.model.connector,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        initializer_range=text_config.initializer_range,
     )
     model = AkiForConditionalGeneration(config)
     # A placeholder stands for a picture that comes in; it is never an answer.

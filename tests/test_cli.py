@@ -1,0 +1,104 @@
+"""The command line: what it says, and what it says no to."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from aki.cli import main
+from aki.training.stages import build_model
+
+DIGITS = "recipes/digits.yaml"
+
+
+@pytest.fixture
+def model_folder(tiny_recipe, tmp_path):
+    torch.manual_seed(0)
+    model, processor = build_model(tiny_recipe)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "scene.png")
+    return tmp_path / "model"
+
+
+def says(capsys, arguments, code=2):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == code
+    return capsys.readouterr().err
+
+
+def test_chat_prints_what_generate_says(model_folder, capsys):
+    main(["chat", str(model_folder), "--image", str(model_folder.parent / "scene.png"), "how many?", "--max-new-tokens", "4"])
+    said = capsys.readouterr().out
+    from aki.apps.chat import load
+
+    model, processor = load(model_folder)
+    content = [{"type": "image", "path": str(model_folder.parent / "scene.png")}, {"type": "text", "text": "how many?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert said.strip() == processor.tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+def test_chat_streams_and_reads_stdin(model_folder, monkeypatch):
+    from aki.apps.chat import answer, load
+
+    model, processor = load(model_folder)
+    pieces = []
+    whole = answer(model, processor, "how many digits are red?", max_new_tokens=12, emit=pieces.append)
+    assert "".join(pieces).strip() == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{model}", "--image", "{folder}/none.png", "what?"], "there is no picture at"),
+        (["{model}", "--image", "{folder}/model/config.json", "what?"], "is not a picture"),
+        (["{model}", "  "], "the question is empty"),
+        (["{model}", "what?", "--rule", "nma"], "Did you mean 'mma'"),
+        (["{model}", "what? " * 300], "the model's context is 256"),
+        (["{folder}/nowhere", "what?"], "nowhere"),
+        (["{folder}", "what?"], "not an AKI model"),
+    ],
+)
+def test_chat_refuses_in_a_sentence(model_folder, capsys, arguments, message):
+    places = {"model": model_folder, "folder": model_folder.parent}
+    said = says(capsys, ["chat", *(argument.format(**places) for argument in arguments)])
+    assert said.splitlines()[-1].startswith("aki: ")
+    assert message in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+def test_mask_draws_and_counts(tmp_path, capsys):
+    main(["mask", "--rule", "mma", "--picture", str(tmp_path / "mma.png")])
+    # One user token, 4 of the image, 6 of the question and the token that starts the answer, 2 of the answer: 13 tokens.
+    # 13 * 14 / 2 pairs are causal; MMA opens 4 x 6.
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "causal: 91 pairs, 0 beyond causal",
+        "mma: 115 pairs, 24 beyond causal",
+    ]
+    assert Image.open(tmp_path / "mma.png").size[0] > 500
+
+
+def test_wrong_commands_are_sentences(tmp_path, capsys):
+    assert "no recipe at nowhere.yaml" in says(capsys, ["train", "nowhere.yaml"])
+    assert "does not know --frobnicate" in says(capsys, ["mask", "--frobnicate"])
+    assert "stepz" in says(capsys, ["train", DIGITS, "--sft.stepz", "3"])
+    assert "no attention rule" in says(capsys, ["mask", "--rule", "nma"])
+    (tmp_path / "pretrain/training").mkdir(parents=True)
+    assert "already holds a run: pass --resume" in says(capsys, ["train", DIGITS, "--output", tmp_path])
+    assert "train" in says(capsys, [])
+
+
+def test_the_module_is_the_command():
+    out = subprocess.run([sys.executable, "-m", "aki", "--help"], capture_output=True, text=True, check=True).stdout
+    for command in ("train", "compare", "chat", "mask"):
+        assert command in out
