@@ -74,6 +74,9 @@ TEXT = {
 }
 WINDOWED = ["gemma2", "gemma3", "mistral with a window", "phi3 with a window", "qwen2 with a window"]
 
+ATTENDING = [(text, how) for text in TEXT for how in ("sdpa", "eager") if (text, how) != ("gemma2", "sdpa")]
+"""transformers has no sdpa for Gemma 2, which caps the scores."""
+
 
 def tiny_model(
     vision: str = "siglip", text: str = "llama", connector: str = "perceiver_resampler", **config: Any

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_builders import (
+    ATTENDING,
     EOS,
     IMAGE,
     PER_IMAGE,
@@ -48,11 +49,7 @@ NEVER_USED = {
 """Weights behind pooling and masking, which patch features do not go through."""
 
 
-# transformers has no sdpa for Gemma 2, which caps the scores.
-@pytest.mark.parametrize(
-    ("text", "implementation"),
-    [(text, i) for text in TEXT for i in ("sdpa", "eager") if (text, i) != ("gemma2", "sdpa")],
-)
+@pytest.mark.parametrize(("text", "implementation"), ATTENDING)
 def test_logits_equal_the_stock_language_model(text, implementation):
     model = tiny_model(text=text)
     model.set_attn_implementation(implementation)

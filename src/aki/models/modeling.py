@@ -150,7 +150,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
                 f"pixel_values are {size[0]} x {size[1]}, the vision encoder takes {expected[0]} x {expected[1]}: "
                 "give the image processor that size."
             )
-        features = self.vision_encoder(pixel_values.to(self.vision_encoder.dtype)).last_hidden_state
+        encoder = self.vision_encoder
+        features = encoder(pixel_values.to(encoder.device, encoder.dtype)).last_hidden_state
         # Class and register tokens come before the patches.
         return self.connector(features[:, -self.config.num_patches :])
 
@@ -300,20 +301,21 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         self,
         input_ids: Any,
         pixel_values: Tensor | None = None,
-        prompt_block_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(
-            input_ids, pixel_values=pixel_values, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         length = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
-        if prompt_block_ids is not None:
+        if inputs.get("prompt_block_ids") is not None:
             # What was generated since is answer.
-            answered = input_ids.shape[1] - prompt_block_ids.shape[1]
-            inputs["prompt_block_ids"] = nn.functional.pad(prompt_block_ids, (0, answered), value=-1)[:, -length:]
-        if inputs.get("pixel_values") is not None:
-            inputs["pixel_values"] = self._images_from(input_ids, input_ids.shape[1] - length, inputs["pixel_values"])
+            answered = max(input_ids.shape[1] - inputs["prompt_block_ids"].shape[1], 0)
+            blocks = nn.functional.pad(inputs["prompt_block_ids"], (0, answered), value=-1)
+            inputs["prompt_block_ids"] = blocks[:, -length:]
+        if pixel_values is not None and (is_first_iteration or length > 1):
+            inputs["pixel_values"] = self._images_from(input_ids, input_ids.shape[1] - length, pixel_values)
         return inputs
 
     def create_masks_for_generate(

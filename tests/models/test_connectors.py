@@ -1,0 +1,98 @@
+"""The connectors against their formulas, written out one head and one image at a time (paper, section 2)."""
+
+import math
+
+import pytest
+import torch
+from model_builders import enlarge, tiny_model
+from torch import Tensor
+
+from aki import AkiConnectorConfig
+from aki.models.connectors import MLPConnector, PerceiverResampler
+
+VISION_WIDTH, TEXT_WIDTH, PATCHES = 12, 20, 7
+SIZES = AkiConnectorConfig(num_latents=5, depth=3, num_heads=2, head_dim=4, ff_mult=3)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5) * weight + bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact one, by the normal distribution."""
+    return x * 0.5 * (1 + torch.special.erf(x / math.sqrt(2)))
+
+
+def resample(features: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """One image's features (patches, width) to (latents, text width)."""
+    latents = w["latents"]
+    for layer in range(SIZES.depth):
+
+        def norm(x: Tensor, name: str, layer: int = layer) -> Tensor:
+            return layer_norm(x, w[f"layers.{layer}.{name}.weight"], w[f"layers.{layer}.{name}.bias"])
+
+        x, z = norm(features, "0.norm_media"), norm(latents, "0.norm_latents")
+        both = torch.cat([x, z])
+        q = torch.einsum("nd,ed->ne", z, w[f"layers.{layer}.0.to_q.weight"])
+        kv = torch.einsum("nd,ed->ne", both, w[f"layers.{layer}.0.to_kv.weight"])
+        inner = SIZES.num_heads * SIZES.head_dim
+        k, v = kv[:, :inner], kv[:, inner:]
+        heads = []
+        for head in range(SIZES.num_heads):
+            part = slice(head * SIZES.head_dim, (head + 1) * SIZES.head_dim)
+            scores = torch.einsum("qd,kd->qk", q[:, part] * SIZES.head_dim**-0.5, k[:, part])
+            weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+            heads.append(torch.einsum("qk,kd->qd", weights, v[:, part]))
+        latents = latents + torch.einsum("ne,de->nd", torch.cat(heads, -1), w[f"layers.{layer}.0.to_out.weight"])
+        hidden = gelu(torch.einsum("nd,ed->ne", norm(latents, "1.0"), w[f"layers.{layer}.1.1.weight"]))
+        latents = latents + torch.einsum("ne,de->nd", hidden, w[f"layers.{layer}.1.3.weight"])
+    out = layer_norm(latents, w["norm.weight"], w["norm.bias"])
+    return torch.einsum("nd,ed->ne", out, w["projection.weight"]) + w["projection.bias"]
+
+
+def test_the_resampler_is_the_papers():
+    torch.manual_seed(0)
+    connector = PerceiverResampler(SIZES, VISION_WIDTH, TEXT_WIDTH).double()
+    enlarge(connector)
+    features = torch.randn(3, PATCHES, VISION_WIDTH, dtype=torch.float64)
+    out = connector(features)
+    assert out.shape == (3, SIZES.num_latents, TEXT_WIDTH)
+    wanted = torch.stack([resample(image, dict(connector.named_parameters())) for image in features])
+    torch.testing.assert_close(out, wanted, atol=1e-12, rtol=1e-10)
+
+
+def test_the_resampler_has_the_papers_weights():
+    """Six layers, eight heads of 64, 144 latents at the encoder's width, biases in norms and the projection alone."""
+    width, text_width = 24, 32
+    connector = PerceiverResampler(AkiConnectorConfig(), width, text_width)
+    layer = 4 * width + 8 * 64 * 4 * width + 2 * width + 2 * 4 * width * width
+    total = 144 * width + 6 * layer + 2 * width + width * text_width + text_width
+    assert sum(parameter.numel() for parameter in connector.parameters()) == total
+    biases = {name for name, _ in connector.named_parameters() if name.endswith("bias") and "norm" not in name}
+    assert biases == {"projection.bias"} | {f"layers.{n}.1.0.bias" for n in range(6)}
+
+
+def test_the_mlp_is_llavas():
+    torch.manual_seed(0)
+    connector = MLPConnector(SIZES, VISION_WIDTH, TEXT_WIDTH).double()
+    enlarge(connector)
+    w = dict(connector.named_parameters())
+    features = torch.randn(3, PATCHES, VISION_WIDTH, dtype=torch.float64)
+    hidden = gelu(torch.einsum("bnd,ed->bne", features, w["layers.0.weight"]) + w["layers.0.bias"])
+    wanted = torch.einsum("bnd,ed->bne", hidden, w["layers.2.weight"]) + w["layers.2.bias"]
+    torch.testing.assert_close(connector(features), wanted, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("connector", [PerceiverResampler, MLPConnector])
+def test_images_do_not_see_each_other(connector):
+    torch.manual_seed(0)
+    connector = connector(SIZES, VISION_WIDTH, TEXT_WIDTH)
+    features = torch.randn(3, PATCHES, VISION_WIDTH)
+    alone = torch.cat([connector(image[None]) for image in features])
+    torch.testing.assert_close(connector(features), alone)
+
+
+def test_an_unknown_connector_is_refused():
+    with pytest.raises(ValueError, match=r"no connector 'mpl'; there are perceiver_resampler, mlp"):
+        tiny_model(connector="mpl")
