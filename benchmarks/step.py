@@ -1,7 +1,7 @@
 """Seconds a training step and peak memory of causal attention and of MMA on the digits recipe, in one run.
 
-Both rules take turns on the same weights and the same batches, so that a noisy machine disturbs both alike; peak memory is
-that of a process of its own a rule.
+Both rules take turns on the same weights and the same batches, so that a noisy machine disturbs both alike; peak memory
+is that of a process of its own a rule.
 """
 
 from __future__ import annotations

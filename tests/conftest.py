@@ -19,7 +19,12 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
 def tiny_recipe():
     """The digits recipe with tiny parts and a few steps."""
     recipe = load_recipe(RECIPE)
-    recipe.model.vision |= {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    recipe.model.vision |= {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     recipe.model.text |= {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     recipe.data.eval_size, recipe.data.test_size, recipe.workers = 12, 12, 0
     short = {"batch_size": 4, "log_every": 1, "warmup_steps": 2}

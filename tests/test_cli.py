@@ -31,7 +31,17 @@ def says(capsys, arguments, code=2):
 
 
 def test_chat_prints_what_generate_says(model_folder, capsys):
-    main(["chat", str(model_folder), "--image", str(model_folder.parent / "scene.png"), "how many?", "--max-new-tokens", "4"])
+    main(
+        [
+            "chat",
+            str(model_folder),
+            "--image",
+            str(model_folder.parent / "scene.png"),
+            "how many?",
+            "--max-new-tokens",
+            "4",
+        ]
+    )
     said = capsys.readouterr().out
     from aki.apps.chat import load
 
@@ -79,7 +89,7 @@ def test_chat_refuses_in_a_sentence(model_folder, capsys, arguments, message):
 
 def test_mask_draws_and_counts(tmp_path, capsys):
     main(["mask", "--rule", "mma", "--picture", str(tmp_path / "mma.png")])
-    # One user token, 4 of the image, 6 of the question and the token that starts the answer, 2 of the answer: 13 tokens.
+    # 13 tokens: a user token, 4 of the image, 6 of the question and the start of the answer, 2 of the answer.
     # 13 * 14 / 2 pairs are causal; MMA opens 4 x 6.
     assert capsys.readouterr().out.splitlines()[:2] == [
         "causal: 91 pairs, 0 beyond causal",

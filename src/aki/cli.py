@@ -52,7 +52,7 @@ class Train:
 
 @dataclass
 class Compare:
-    """Train rules from the same start, side by side, and compare them. A second call goes on where the first was cut."""
+    """Train rules from the same start and compare them. A second call goes on where the first was cut off."""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
     """A YAML file; every field can be overridden: --sft.steps 100"""
@@ -142,7 +142,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise RecipeError(f"aki {name} does not know {' '.join(rest)}; see aki {name} --help.")
         command.run(rest)
     except KeyboardInterrupt:
-        print("\naki: interrupted; what was finished is kept, --resume goes on from the last checkpoint.", file=sys.stderr)
+        print(
+            "\naki: interrupted; what was finished is kept, --resume goes on from the last checkpoint.", file=sys.stderr
+        )
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"aki: {error}", file=sys.stderr)

@@ -36,7 +36,9 @@ def test_samples_depend_on_seed_and_index_alone(task):
         assert one[i].answer == two[i].answer
         assert np.array_equal(picture(one[i]), picture(two[i]))
     other = DigitScenes("train", task, 40, 48, seed=1)
-    assert any(one[i].answer != other[i].answer or not np.array_equal(picture(one[i]), picture(other[i])) for i in range(9))
+    assert any(
+        one[i].answer != other[i].answer or not np.array_equal(picture(one[i]), picture(other[i])) for i in range(9)
+    )
 
 
 def test_train_and_test_scenes_differ():
@@ -105,7 +107,7 @@ def test_existence_is_balanced_and_needs_the_pair():
 
 
 def test_wrong_names_are_sentences():
-    with pytest.raises(ValueError, match="no split 'val'.*train, test"):
+    with pytest.raises(ValueError, match=r"no split 'val'.*train, test"):
         DigitScenes("val", "caption", 1, 24)
     with pytest.raises(ValueError, match="no task 'vqa'"):
         DigitScenes("train", "vqa", 1, 24)
@@ -139,7 +141,11 @@ def picture(sample):
 
 
 def parse(question):
-    slot = {"place": r"(?P<place>[a-z0-9 ]+?)", "digit": r"(?P<digit>\d)", "colour": "(?P<colour>red|green|blue|yellow)"}
+    slot = {
+        "place": r"(?P<place>[a-z0-9 ]+?)",
+        "digit": r"(?P<digit>\d)",
+        "colour": "(?P<colour>red|green|blue|yellow)",
+    }
     slot["relation"] = "(?P<relation>left of|right of|above|below)"
     for skill, wordings in QUESTIONS.items():
         for wording in wordings:

@@ -27,7 +27,17 @@ RESULTS = {
 
 def test_table_is_the_mean_over_seeds_and_the_difference():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(RESULTS).splitlines()]
-    assert rows[0] == ["rule", "all", "read", "colour", "count colour", "count digit", "exists", "relation", "searching"]
+    assert rows[0] == [
+        "rule",
+        "all",
+        "read",
+        "colour",
+        "count colour",
+        "count digit",
+        "exists",
+        "relation",
+        "searching",
+    ]
     # causal searches: seed 0 (.5 + .5) / 2, seed 1 (.5 + .7) / 2; mma: .5 and (.6 + .9) / 2.
     assert rows[2] == ["causal", "62.0", "50.0", "50.0", "50.0", "50.0", "60.0", "50.0", "55.0"]
     assert rows[3] == ["mma", "70.0", "50.0", "50.0", "50.0", "55.0", "70.0", "50.0", "62.5"]
@@ -74,5 +84,7 @@ def test_compare_from_the_command_line_and_again(tiny_recipe, tmp_path, capsys):
 
 def test_a_cell_that_fails_is_named_with_its_reason(tiny_recipe, tmp_path):
     tiny_recipe.sft = replace(tiny_recipe.sft, max_length=8)
-    with pytest.raises(CellError, match="the cell causal failed: aki: sample digits/.* has .* tokens, more than the 8"):
+    with pytest.raises(
+        CellError, match=r"the cell causal failed: aki: sample digits/.* has .* tokens, more than the 8"
+    ):
         run_comparison(tiny_recipe, tmp_path, ["causal"], 1, 1)

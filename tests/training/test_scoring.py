@@ -46,7 +46,9 @@ def test_right_means_that_greedy_decoding_says_it(tiny_recipe):
 def test_shares_by_skill(tiny_recipe, monkeypatch):
     model, processor = build_model(tiny_recipe)
     scenes = DigitScenes("test", "question", 14, 48, skills=("read", "exists"))
-    verdicts = iter([torch.tensor([True, False, True, True, False]), torch.tensor([True] * 5), torch.tensor([False] * 4)])
+    verdicts = iter(
+        [torch.tensor([True, False, True, True, False]), torch.tensor([True] * 5), torch.tensor([False] * 4)]
+    )
     monkeypatch.setattr("aki.training.scoring.answered_right", lambda *_: next(verdicts))
     scored = accuracy_by_skill(model, ChatCollator(processor, 128), scenes, batch_size=5)
     # Even indices read: 1 1 0 . 1 1 . 0 0; odd ones ask for existence.

@@ -45,7 +45,9 @@ def test_two_stages_make_a_model_that_loads_and_answers(tiny_recipe, tmp_path):
     before, after = (AkiForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("pretrain", "sft"))
     assert (before.config.attention_rule, after.config.attention_rule) == ("causal", "mma")
     changed = [
-        name for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(a, b)
+        name
+        for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(a, b)
     ]
     assert {name.split(".")[0] for name in changed} == {"vision_encoder", "connector", "language_model"}
     assert AkiProcessor.from_pretrained(tmp_path / "sft").image_seq_length == 9
@@ -107,17 +109,19 @@ def test_a_used_output_is_refused(tiny_recipe, tmp_path):
 
 def test_the_trainer_refuses_mma_on_captions(tiny_recipe, tmp_path):
     tiny_recipe.pretrain = replace(tiny_recipe.pretrain, rule="mma")
-    with pytest.raises(LeakError, match="opens nothing.*attention_rule='causal'"):
+    with pytest.raises(LeakError, match=r"opens nothing.*attention_rule='causal'"):
         run(tiny_recipe, "pretrain", tmp_path)
 
 
 def test_schedule_and_decay_are_the_papers(tiny_recipe, tmp_path):
-    """Warm-up from the minimum rate (there at the fifth step), a cosine back to it; no weight decay on norms, biases and input embeddings."""
+    """Warm-up from the minimum rate, a cosine back to it; no decay of norms, biases and input embeddings."""
     import math
 
     from aki.training.stages import _collator, _trainer, build_model
 
-    stage = tiny_recipe.sft = replace(tiny_recipe.sft, steps=20, warmup_steps=5, min_learning_rate=1e-4, learning_rate=1e-3)
+    stage = tiny_recipe.sft = replace(
+        tiny_recipe.sft, steps=20, warmup_steps=5, min_learning_rate=1e-4, learning_rate=1e-3
+    )
     model, processor = build_model(tiny_recipe)
     trainer = _trainer(Job(tiny_recipe, "sft", tmp_path), model, processor, _collator(processor, stage))
     trainer.create_optimizer_and_scheduler(20)
@@ -143,7 +147,18 @@ def test_killed_for_real_and_resumed_from_the_command_line(tiny_recipe, tmp_path
     recipe.write_text(yaml.safe_dump(_plain(tiny_recipe)))
 
     def command(output, *more):
-        return [sys.executable, "-m", "aki", "train", str(recipe), "--stage", "pretrain", "--output", str(output), *more]
+        return [
+            sys.executable,
+            "-m",
+            "aki",
+            "train",
+            str(recipe),
+            "--stage",
+            "pretrain",
+            "--output",
+            str(output),
+            *more,
+        ]
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command(tmp_path / "whole"), check=True, env=environment)

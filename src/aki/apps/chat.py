@@ -53,7 +53,7 @@ def answer(
         processor_kwargs={"add_special_tokens": False},
     ).to(model.device)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options = {"attention_rule": attention_rule} if attention_rule else {}
+    options: dict[str, Any] = {"attention_rule": attention_rule} if attention_rule else {}
     failure: list[BaseException] = []
 
     def work() -> None:

@@ -47,7 +47,10 @@ def draw_masks(rules: list[str], path: Path) -> dict[str, tuple[int, int]]:
         axis.set_xlabel("is seen")
         axis.set_ylabel("sees")
         counts[name] = (int(mask.sum()), int((mask & ~causal).sum()))
-    legend = [Patch(color="#c7d3e3", label="as in causal attention"), Patch(color="#2b6cb0", label="opened by the rule")]
+    legend = [
+        Patch(color="#c7d3e3", label="as in causal attention"),
+        Patch(color="#2b6cb0", label="opened by the rule"),
+    ]
     figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -67,7 +67,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def handwriting(split: str) -> tuple[np.ndarray, ...]:
-    """The samples of scikit-learn's digits that a split draws, one array of indices a digit: the last fifth is for "test".
+    """The samples of scikit-learn's digits that a split draws, an array of indices a digit; the last fifth is "test".
 
     Raises:
         ValueError: there is no such split.
@@ -132,7 +132,9 @@ class Scene:
 def _scaled(side: int) -> np.ndarray:
     """All digits at side x side pixels, 0 to 1."""
     images, _ = _digits()
-    sheets = [Image.fromarray(image.astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR) for image in images]
+    sheets = [
+        Image.fromarray(image.astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR) for image in images
+    ]
     return np.stack([np.asarray(sheet) for sheet in sheets])
 
 
@@ -191,7 +193,7 @@ def _absent_pairs(scene: Scene) -> list[tuple[str, int]]:
 
 
 def _relations(scene: Scene) -> list[tuple[str, str, int, str]]:
-    """(relation, colour, digit, answer) for every cell whose colour and digit name it alone and that has a neighbour."""
+    """(relation, colour, digit, answer) for every neighbour of a cell that its colour and digit name alone."""
     pairs = [(colour, digit) for _, _, digit, colour in scene.cells()]
     found = []
     for cell, _, digit, colour in scene.cells():

@@ -1,12 +1,13 @@
 """Train several rules from the same start, side by side, and report what each learned.
 
-One pre-training a seed, then one SFT run a rule from it, with equal steps, data order and starting weights. Each cell is a
-process of its own (`aki train`), so that two run at a time, a kill costs one checkpoint's distance, and a finished cell is
-never trained again.
+One pre-training a seed, then one SFT run a rule from it, with equal steps, data order and starting weights. Each cell
+is a process of its own (`aki train`), so that two run at a time, a kill costs one checkpoint's distance, and a finished
+cell is never trained again.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -66,13 +67,12 @@ def run_comparison(
     """
     output.mkdir(parents=True, exist_ok=True)
     waves = plan(recipe, rules, seeds)
-    with tqdm(total=sum(c.steps for w in waves for c in w), desc="all", unit="step", position=0, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=sum(c.steps for w in waves for c in w), desc="all", unit="step", position=0, dynamic_ncols=True
+    ) as bar:
         for wave in waves:
             _run_wave(recipe, output, wave, min(parallel, len(wave)), bar)
-    return {
-        rule: [_read(output, cell) for cell in waves[1] if cell.rule == rule]
-        for rule in rules
-    }
+    return {rule: [_read(output, cell) for cell in waves[1] if cell.rule == rule] for rule in rules}
 
 
 def _run_wave(recipe: Recipe, output: Path, wave: list[Cell], parallel: int, bar: tqdm) -> None:
@@ -97,8 +97,8 @@ def _run_wave(recipe: Recipe, output: Path, wave: list[Cell], parallel: int, bar
 def _run_cell(recipe: Recipe, output: Path, cell: Cell, threads: int, slot: int, bar: tqdm) -> None:
     folder = output / cell.name
     folder.mkdir(exist_ok=True)
-    stage = dataclasses.replace(recipe.stage(cell.stage), rule=cell.rule)
-    of_cell = dataclasses.replace(recipe, seed=cell.seed, **{cell.stage: stage})
+    of_cell = copy.deepcopy(recipe)
+    of_cell.seed, of_cell.stage(cell.stage).rule = cell.seed, cell.rule
     recipe_file = folder / "recipe.yaml"
     recipe_file.write_text(yaml.safe_dump(_plain(of_cell), sort_keys=False))
     command = [sys.executable, "-m", "aki", "train", str(recipe_file), "--stage", cell.stage, "--output", str(folder)]
@@ -128,7 +128,9 @@ def _run_cell(recipe: Recipe, output: Path, cell: Cell, threads: int, slot: int,
             raise
     bar.update(cell.steps - done)
     if process.returncode:
-        raise CellError(f"the cell {cell.name} failed: {errors.read_text().strip().splitlines()[-1]} (all of it: {errors})")
+        raise CellError(
+            f"the cell {cell.name} failed: {errors.read_text().strip().splitlines()[-1]} (all of it: {errors})"
+        )
 
 
 def _read(output: Path, cell: Cell) -> dict[str, Any]:

@@ -15,7 +15,7 @@ Results = dict[str, list[dict[str, Any]]]
 
 
 def table(results: Results) -> str:
-    """A Markdown table of held-out accuracy in percent: a row a rule (mean over seeds), then the difference to causal."""
+    """Held-out accuracy in percent as Markdown: a row a rule (mean over seeds), then the difference to causal."""
     columns = ["accuracy", *SKILLS, "searching"]
     lines = [
         "| rule | " + " | ".join("all" if name == "accuracy" else name.replace("_", " ") for name in columns) + " |",
@@ -83,14 +83,21 @@ def draw_curves(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    panels = (("all questions", ("accuracy",)), ("searching: " + ", ".join(SEARCHING_SKILLS).replace("_", " "), SEARCHING_SKILLS))
+    panels = (
+        ("all questions", ("accuracy",)),
+        ("searching: " + ", ".join(SEARCHING_SKILLS).replace("_", " "), SEARCHING_SKILLS),
+    )
     for axis, (title, skills) in zip(axes, panels, strict=True):
-        for colour, (rule, runs) in zip(("tab:gray", "tab:blue", "tab:orange", "tab:green"), results.items(), strict=False):
+        for colour, (rule, runs) in zip(
+            ("tab:gray", "tab:blue", "tab:orange", "tab:green"), results.items(), strict=False
+        ):
             steps = [point["step"] for point in runs[0]["curve"]]
             curves = [[100 * statistics.mean(point[s] for s in skills) for point in run["curve"]] for run in runs]
             for curve in curves if len(curves) > 1 else []:
                 axis.plot(steps, curve, color=colour, alpha=0.25, linewidth=1)
-            axis.plot(steps, [statistics.mean(values) for values in zip(*curves, strict=True)], color=colour, label=rule)
+            axis.plot(
+                steps, [statistics.mean(values) for values in zip(*curves, strict=True)], color=colour, label=rule
+            )
         axis.set_title(title)
         axis.set_xlabel("SFT step")
         axis.grid(alpha=0.3)

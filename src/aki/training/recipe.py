@@ -115,7 +115,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe.
 
     Raises:
-        RecipeError: no such file, not YAML, an unknown key (the nearest known one is named), a missing one, a wrong type.
+        RecipeError: no such file, not YAML, an unknown key (the nearest one is named), a missing one, a wrong type.
     """
     path = Path(path)
     try:

@@ -108,7 +108,7 @@ def build_model(recipe: Recipe) -> tuple[AkiForConditionalGeneration, AkiProcess
     model = AkiForConditionalGeneration(config)
     # A placeholder stands for a picture that comes in; it is never an answer.
     model.generation_config.suppress_tokens = [config.image_token_id]
-    size = config.vision_config.image_size
+    size = recipe.model.vision["image_size"]
     image_processor = SiglipImageProcessorPil(
         size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
@@ -128,7 +128,9 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def _trainer(job: Job, model: AkiForConditionalGeneration, processor: AkiProcessor, collator: ChatCollator) -> AkiTrainer:
+def _trainer(
+    job: Job, model: AkiForConditionalGeneration, processor: AkiProcessor, collator: ChatCollator
+) -> AkiTrainer:
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
     samples = stage.steps * stage.batch_size * stage.gradient_accumulation_steps
     train = DigitScenes("train", stage.task, samples, _image_size(processor), recipe.data.grid, recipe.seed)

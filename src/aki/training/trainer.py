@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -41,7 +41,7 @@ class AkiTrainer(Trainer):
         self.guard_seconds += time.perf_counter() - started
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As the Trainer's, without the language model's input embeddings (paper, section 4)."""
         embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
         kept = {name for name, parameter in model.named_parameters() if id(parameter) not in embeddings}
@@ -51,11 +51,11 @@ class AkiTrainer(Trainer):
         assert self.score is not None
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score(self.model).items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
-def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Tensor]) -> None:
+def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> None:
     """Run the leak guard on a batch as `forward` would see it.
 
     Raises:
@@ -106,7 +106,9 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and not self.machine:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", dynamic_ncols=True
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -122,7 +124,9 @@ class Progress(TrainerCallback):
         self.shown |= {name: value for name, value in fresh.items() if name in ("loss", "accuracy")}
         with self.log.open("a") as file:
             values = "  ".join(f"{name} {value}" for name, value in fresh.items())
-            file.write(f"{time.strftime('%H:%M:%S')}  {self.title}  step {state.global_step}/{state.max_steps}  {values}\n")
+            file.write(
+                f"{time.strftime('%H:%M:%S')}  {self.title}  step {state.global_step}/{state.max_steps}  {values}\n"
+            )
         if self.bar is not None:
             self.bar.set_postfix(self.shown)
         if self.machine:
