@@ -66,8 +66,8 @@ def build_layout(
         position_ids: (batch, length); where it restarts (and there is no attention_mask), a new packed document begins,
             which is how transformers reads it.
         prompt_block_ids: (batch, length), -1 for answers and padding. Absent: see `labels`.
-        labels: (batch, length). Where prompt_block_ids are absent, each maximal run of -100 within a document is a block.
-            Labels on media tokens count as -100.
+        labels: (batch, length). Where prompt_block_ids are absent, each maximal run of -100 within a document is a
+            block. Labels on media tokens count as -100.
         training: without prompt_block_ids and labels, everything is one block, which in training would be a leak.
 
     Raises:

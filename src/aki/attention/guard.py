@@ -25,9 +25,8 @@ def reach(rule: Rule, layout: SequenceLayout) -> Tensor:
     It is past the token exactly if the token learns of its future through any number of layers; with a rule that does
     not contain causal attention, it may also be past a token that does not.
     """
-    far = rule.far(layout).masked_fill(layout.is_padding, -1)
-    # Documents stand one behind the other, so a document's own first position is a floor nothing earlier can exceed.
-    return far.cummax(1).values
+    # Documents stand one behind the other and far stays inside each, so no maximum crosses into the next.
+    return rule.far(layout).cummax(1).values
 
 
 def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
@@ -57,7 +56,7 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
 
 def _leak_message(rule: Rule, layout: SequenceLayout, leaks: Tensor) -> str:
     row, q = (int(i) for i in leaks.nonzero()[0])
-    far = rule.far(layout)[row].masked_fill(layout.is_padding[row], -1)
+    far = rule.far(layout)[row]
     through = int((far[: q + 1] > q).nonzero()[0])
     seen = int(far[through])
     kind = "media token" if bool(layout.is_media[row, through]) else "token"

@@ -48,10 +48,10 @@ def last_in_group(layout: SequenceLayout, group: Tensor, member: Tensor) -> Tens
     """For each token, the last position in its document and group where `member` holds; -1 where there is none.
 
     Args:
-        group: (batch, length), -1 belongs to no group.
+        group: (batch, length), -1 for padding and what belongs to no group.
         member: (batch, length) bool.
     """
-    belongs = (group >= 0) & ~layout.is_padding
+    belongs = group >= 0
     row = torch.arange(group.shape[0], device=group.device)[:, None]
     name = (row * group.shape[1] + layout.document) * (group.max() + 1) + group
     names, index = name[belongs].unique(return_inverse=True)
