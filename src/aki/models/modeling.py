@@ -73,13 +73,26 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         self.generation_config.suppress_tokens = [config.image_token_id]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As transformers' `from_pretrained`, which would make up missing weights at random.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        use_safetensors: bool = True,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """As transformers' `from_pretrained`, which would make up missing weights at random, and load pickles.
 
         Raises:
             ValueError: the checkpoint is another model's, or lacks weights.
         """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            use_safetensors=use_safetensors,
+            output_loading_info=True,
+            **kwargs,
+        )
         _check_complete(pretrained_model_name_or_path, info["missing_keys"])
         return (model, info) if output_loading_info else model
 
@@ -150,8 +163,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
                 f"pixel_values are {size[0]} x {size[1]}, the vision encoder takes {expected[0]} x {expected[1]}: "
                 "give the image processor that size."
             )
-        encoder = self.vision_encoder
-        features = encoder(pixel_values.to(encoder.device, encoder.dtype)).last_hidden_state
+        features = self.vision_encoder(pixel_values.to(self.vision_encoder.dtype)).last_hidden_state
         # Class and register tokens come before the patches.
         return self.connector(features[:, -self.config.num_patches :])
 
@@ -308,7 +320,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        length = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
+        prompt = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        length = prompt.shape[1]
         if inputs.get("prompt_block_ids") is not None:
             # What was generated since is answer.
             answered = max(input_ids.shape[1] - inputs["prompt_block_ids"].shape[1], 0)
@@ -316,6 +329,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
             inputs["prompt_block_ids"] = blocks[:, -length:]
         if pixel_values is not None and (is_first_iteration or length > 1):
             inputs["pixel_values"] = self._images_from(input_ids, input_ids.shape[1] - length, pixel_values)
+        if inputs.get("pixel_values") is not None:
+            inputs["pixel_values"] = inputs["pixel_values"].to(prompt.device)
         return inputs
 
     def create_masks_for_generate(
