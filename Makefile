@@ -15,7 +15,7 @@ install: .venv/installed
 	touch $@
 
 quickstart: install
-	$(BIN)/aki compare recipes/quickstart.yaml --output runs/quickstart
+	$(BIN)/aki compare recipes/digits.yaml --output runs/quickstart --pretrain.steps 1000 --sft.steps 1200
 
 digits: install
 	$(BIN)/aki compare recipes/digits.yaml --seeds 3 --output runs/digits

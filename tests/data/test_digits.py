@@ -69,7 +69,8 @@ def test_captions_name_every_cell_once_and_rightly(grid):
         scene, _ = scenes.scene(i)
         said = {}
         for part in scenes[i].answer.split(", "):
-            place, colour, digit = part.rsplit(" ", 2)
+            place, *attributes = part.rsplit(" ", 2)
+            digit, colour = sorted(attributes)
             said[place] = (colour, int(digit))
         orders.add(tuple(said))
         expected = zip(scene.colours.ravel().tolist(), scene.digits.ravel().tolist(), strict=True)

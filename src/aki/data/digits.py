@@ -23,6 +23,8 @@ SEARCHING_SKILLS = ("count_digit", "exists")
 """The skills for which the question says what to look for, not where."""
 SPLITS = ("train", "test")
 HELD_OUT = 0.2
+PIXEL_MEAN, PIXEL_STD = 0.17, 0.26
+"""Of the scenes' pixels, 0 to 1. With 0.5 and 0.5 the black ground is -1 everywhere, and digits are learned later."""
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 QUESTIONS = {
@@ -147,8 +149,14 @@ def make_scene(rng: np.random.Generator, split: str, grid: int) -> Scene:
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> str:
-    """Every cell with its place, colour and digit, in random order."""
-    cells = [f"{place} {colour} {digit}" for _, place, digit, colour in scene.cells()]
+    """Every cell with its place, and then its colour and digit in either order; the cells in random order.
+
+    In a fixed order a model reads what comes second by what came first, wherever that stands, and never by the place.
+    """
+    cells = [
+        f"{place} {colour} {digit}" if colour_first else f"{place} {digit} {colour}"
+        for (_, place, digit, colour), colour_first in zip(scene.cells(), rng.random(scene.grid**2) < 0.5, strict=True)
+    ]
     return ", ".join(cells[i] for i in rng.permutation(len(cells)))
 
 

@@ -48,6 +48,7 @@ class StageRecipe:
         rule: the attention rule, a name in `aki.attention.RULES`.
         steps, batch_size: optimizer steps, samples a step on each device.
         learning_rate, min_learning_rate, warmup_steps: a cosine from one to the other after a linear warm-up.
+        adam_beta2: AdamW's second decay; short runs want it lower.
         frozen: parts that are not trained: vision_encoder, connector, language_model.
         max_length: tokens a sample may have.
         log_every, eval_every, save_every: in steps; 0 is never.
@@ -61,6 +62,7 @@ class StageRecipe:
     min_learning_rate: float
     warmup_steps: int
     weight_decay: float
+    adam_beta2: float = 0.999
     clip: float = 1.0
     gradient_accumulation_steps: int = 1
     frozen: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from transformers import AutoConfig, TrainingArguments, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from aki.data.collate import ChatCollator
-from aki.data.digits import DigitScenes, corpus
+from aki.data.digits import PIXEL_MEAN, PIXEL_STD, DigitScenes, corpus
 from aki.data.tokenizer import train_tokenizer
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.models.templates import CAPTION, SHORT
@@ -110,7 +110,7 @@ def build_model(recipe: Recipe) -> tuple[AkiForConditionalGeneration, AkiProcess
     model.generation_config.suppress_tokens = [config.image_token_id]
     size = recipe.model.vision["image_size"]
     image_processor = SiglipImageProcessorPil(
-        size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"height": size, "width": size}, image_mean=[PIXEL_MEAN] * 3, image_std=[PIXEL_STD] * 3
     )
     templates = {"default": SHORT, "caption": CAPTION}
     processor = AkiProcessor(image_processor, tokenizer, config.image_seq_length, chat_template=templates)
@@ -150,6 +150,7 @@ def _trainer(
         },
         warmup_steps=stage.warmup_steps,
         weight_decay=stage.weight_decay,
+        adam_beta2=stage.adam_beta2,
         max_grad_norm=stage.clip,
         logging_steps=stage.log_every,
         eval_strategy="steps" if stage.eval_every else "no",
