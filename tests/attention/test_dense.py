@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, StaticCache
 
-from aki.attention import RULES, dense_mask, get_rule, language_model_masks
+from aki.attention import RULES, Rule, dense_mask, get_rule, language_model_masks
 
 every_rule = pytest.mark.parametrize("rule", sorted(RULES))
 
@@ -168,6 +168,20 @@ def test_a_window_by_hand():
         ".xx..",
         "..xx.",
         "...xx",
+    ]
+
+
+def test_what_a_rule_closes_behind_is_taken_away_and_the_cache_stays_open():
+    """A rule under which a token sees itself and the one after it; two tokens are cached."""
+    ahead = Rule("ahead", lambda layout, b, q, k: (k == q) | (k == q + 1), lambda layout: layout.document)
+    config, layout = text_config("llama"), oracle.Batch([[oracle.Token(0)] * 3], 1, False).layout
+    past = DynamicCache(config=config)
+    fill(past, 2, 1)
+    mask = language_model_masks(ahead, layout, config, torch.zeros(1, 3, 8), None, past, None)
+    assert ["".join(".x"[seen] for seen in line) for line in mask[0, 0].tolist()] == [
+        "xxxx.",
+        "xx.xx",
+        "xx..x",
     ]
 
 
