@@ -70,7 +70,7 @@ def test_compare_from_the_command_line_and_again(tiny_recipe, tmp_path, capsys):
     assert "| mma - causal |" in said
     assert said.count("?  ") + said.count(".  ") >= 3, "three questions are answered"
     assert Image.open(tmp_path / "out/curves.png").size[0] > 500
-    assert Image.open(tmp_path / "out/scene.png").size == (48, 48)
+    assert Image.open(tmp_path / "out/scene.png").size == (240, 240)
     causal, mma = (json.loads((tmp_path / "out" / rule / "result.json").read_text()) for rule in ("causal", "mma"))
     assert causal["recipe"]["sft"].pop("rule") == "causal"
     assert mma["recipe"]["sft"].pop("rule") == "mma"

@@ -11,11 +11,11 @@ import copy
 import dataclasses
 import json
 import os
+import queue
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,15 @@ class CellError(RuntimeError):
     """A cell's process failed."""
 
 
-def plan(recipe: Recipe, rules: Sequence[str], seeds: int) -> list[list[Cell]]:
-    """The cells in waves: within a wave nothing waits for anything."""
+def plan(recipe: Recipe, rules: Sequence[str], seeds: int) -> tuple[list[Cell], list[Cell]]:
+    """The pre-trainings, and the SFT runs that start from them."""
     first, second = [], []
     for seed in range(recipe.seed, recipe.seed + seeds):
         suffix = "" if seed == recipe.seed else f"-seed{seed}"
         start = Cell(f"pretrain{suffix}", "pretrain", recipe.pretrain.rule, seed, recipe.pretrain.steps)
         first.append(start)
         second += [Cell(f"{rule}{suffix}", "sft", rule, seed, recipe.sft.steps, start.name) for rule in rules]
-    return [first, second]
+    return first, second
 
 
 def run_comparison(
@@ -66,35 +66,40 @@ def run_comparison(
         CellError: a cell failed; its log is named.
     """
     output.mkdir(parents=True, exist_ok=True)
-    waves = plan(recipe, rules, seeds)
-    with tqdm(
-        total=sum(c.steps for w in waves for c in w), desc="all", unit="step", position=0, dynamic_ncols=True
-    ) as bar:
-        for wave in waves:
-            _run_wave(recipe, output, wave, min(parallel, len(wave)), bar)
-    return {rule: [_read(output, cell) for cell in waves[1] if cell.rule == rule] for rule in rules}
+    pretrainings, runs = plan(recipe, rules, seeds)
+    total = sum(cell.steps for cell in pretrainings + runs)
+    free_lines: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for line in range(1, parallel + 1):
+        free_lines.put(line)
+    futures: dict[str, Future[None]] = {}
 
-
-def _run_wave(recipe: Recipe, output: Path, wave: list[Cell], parallel: int, bar: tqdm) -> None:
-    threads = max(1, (os.cpu_count() or 1) // parallel)
-    slots = list(range(1, parallel + 1))
-    lock = threading.Lock()
-
-    def run(cell: Cell) -> None:
-        with lock:
-            slot = slots.pop(0)
+    def run(cell: Cell, rivals: int) -> None:
+        if cell.start_from:
+            futures[cell.start_from].result()
+        line = free_lines.get()
+        threads = max(1, (os.cpu_count() or 1) // min(parallel, rivals))
         try:
-            _run_cell(recipe, output, cell, threads, slot, bar)
+            _run_cell(recipe, output, cell, threads, line, bar)
         finally:
-            with lock:
-                slots.append(slot)
+            free_lines.put(line)
 
-    with ThreadPoolExecutor(parallel) as pool:
-        for future in [pool.submit(run, cell) for cell in wave]:
-            future.result()
+    with (
+        tqdm(total=total, desc="all", unit="step", position=0, dynamic_ncols=True) as bar,
+        ThreadPoolExecutor(parallel) as pool,
+    ):
+        try:
+            # What others start from is queued first, so that nobody waits for a cell that has no worker.
+            for cells in (pretrainings, runs):
+                futures |= {cell.name: pool.submit(run, cell, len(cells)) for cell in cells}
+            for future in futures.values():
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {rule: [_read(output, cell) for cell in runs if cell.rule == rule] for rule in rules}
 
 
-def _run_cell(recipe: Recipe, output: Path, cell: Cell, threads: int, slot: int, bar: tqdm) -> None:
+def _run_cell(recipe: Recipe, output: Path, cell: Cell, threads: int, line: int, bar: tqdm) -> None:
     folder = output / cell.name
     folder.mkdir(exist_ok=True)
     of_cell = copy.deepcopy(recipe)
@@ -110,15 +115,15 @@ def _run_cell(recipe: Recipe, output: Path, cell: Cell, threads: int, slot: int,
     done = 0
     with (
         errors.open("w") as error_file,
-        tqdm(total=cell.steps, desc=cell.name, unit="step", position=slot, leave=False, dynamic_ncols=True) as own,
+        tqdm(total=cell.steps, desc=cell.name, unit="step", position=line, leave=False, dynamic_ncols=True) as own,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error_file, text=True, env=environment) as process,
     ):
         assert process.stdout is not None
         try:
-            for line in process.stdout:
-                if not line.startswith("{"):
+            for text in process.stdout:
+                if not text.startswith("{"):
                     continue
-                news = json.loads(line)
+                news = json.loads(text)
                 own.update(news["step"] - done)
                 own.set_postfix({name: value for name, value in news.items() if name not in ("step", "of")})
                 bar.update(news["step"] - done)

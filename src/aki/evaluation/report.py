@@ -117,7 +117,7 @@ def three_questions(recipe: Recipe, folder: Path, picture: Path) -> list[tuple[s
     model, processor = AkiForConditionalGeneration.from_pretrained(folder), AkiProcessor.from_pretrained(folder)
     held_out = questions(recipe, processor, "test", 1, seed=2)
     scene, _ = held_out.scene(0)
-    image = scene.draw(held_out.image_size)
+    image = scene.draw(10 * held_out.image_size)  # for a person to see; the processor scales it down
     image.save(picture)
     rng = np.random.default_rng(recipe.seed)
     asked = [ask(rng, scene, skill) for skill in ("exists", "count_colour", "read")]
