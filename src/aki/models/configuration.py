@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -52,9 +52,9 @@ class AkiConfig(PreTrainedConfig):
     # Those to which transformers hands an attention implementation; the connector is no transformers model.
     sub_configs: ClassVar = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    connector_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
+    connector_config: Any = None
     image_token_id: int = 0
     attention_rule: str = "mma"
     output_bias: bool = False

@@ -60,7 +60,8 @@ class PerceiverResampler(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         latents = self.latents.expand(features.shape[0], -1, -1)
-        for attention, mlp in self.layers:
+        for layer in self.layers:
+            attention, mlp = layer.children()
             latents = latents + attention(features, latents)
             latents = latents + mlp(latents)
         return self.projection(self.norm(latents))

@@ -222,14 +222,9 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds.")
-        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
-        prepared = attention_mask is not None and padding is None
-        if position_ids is None and padding is not None:
-            length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-            position_ids = (padding.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-
         image_embeds = None
         if inputs_embeds is None:
+            assert input_ids is not None
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None:
                 image_embeds = self.get_image_features(pixel_values)
@@ -239,9 +234,15 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         elif pixel_values is not None:
             raise ValueError("pixel_values need input_ids, whose placeholders say where the images go.")
 
+        length = inputs_embeds.shape[1]
+        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        if position_ids is None and padding is not None:
+            position_ids = (padding.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+
         rule = get_rule(attention_rule or self.config.attention_rule)
-        if rule.name != "causal" and image_embeds is not None and not prepared:
-            length = input_ids.shape[1]
+        masks: Tensor | dict[str, Tensor] | None = attention_mask
+        prepared = masks is not None and padding is None
+        if rule.name != "causal" and input_ids is not None and image_embeds is not None and not prepared:
             layout = self.layout(
                 input_ids,
                 attention_mask=None if padding is None else padding[:, -length:],
@@ -249,13 +250,13 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
                 prompt_block_ids=prompt_block_ids,
                 labels=labels,
             )
-            attention_mask = language_model_masks(
-                rule, layout, self.config.text_config, inputs_embeds, attention_mask, past_key_values, position_ids
+            masks = language_model_masks(
+                rule, layout, self.config.text_config, inputs_embeds, padding, past_key_values, position_ids
             )
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=masks,
             position_ids=position_ids,
             past_key_values=past_key_values,
             logits_to_keep=logits_to_keep,
