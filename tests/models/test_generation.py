@@ -16,7 +16,7 @@ from model_builders import (
     tokens,
 )
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, Phi3Config, StaticCache
 
 STEPS = 8
 PROMPTS = [
@@ -51,12 +51,13 @@ def generate(model, inputs: dict, **options) -> tuple[Tensor, Tensor]:
 def stock_steps(model, inputs: dict, sequences: Tensor) -> Tensor:
     """What a stock language model predicts at each step of these sequences; what was generated is answer."""
     start = inputs["input_ids"].shape[1]
-    new = sequences.shape[1] - start
+    context = sequences[:, :-1]
+    new = context.shape[1] - start
     grown = [
         torch.nn.functional.pad(inputs[name], (0, new), value=value)
         for name, value in (("prompt_block_ids", -1), ("attention_mask", 1))
     ]
-    return stock_logits(model, sequences, inputs.get("pixel_values"), *grown)[:, start - 1 : -1]
+    return stock_logits(model, context, inputs.get("pixel_values"), *grown)[:, start - 1 :]
 
 
 @pytest.mark.parametrize(("text", "implementation"), ATTENDING)
@@ -113,6 +114,21 @@ def test_the_rule_of_one_call():
     assert (mma - causal).abs().max() > 1e-2
     inputs["prompt_block_ids"].fill_(-1)
     assert_same(causal, stock_steps(model, inputs, sequences))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_a_rotation_that_changes_with_the_length(options):
+    """Phi-3.5's longrope: beyond a length every key is turned by other angles, those in the cache too."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 5.0, 7.0], "rope_theta": 1e4}
+    short = 14
+    sizes = TEXT["phi3"]().to_dict() | {"rope_parameters": rope, "original_max_position_embeddings": short}
+    model, inputs = tiny_model(text_config=Phi3Config(**sizes)), prompts(0)
+    length = inputs["input_ids"].shape[1]
+    assert length < short < length + STEPS
+    sequences, logits = generate(model, inputs, **options)
+    for step in range(STEPS):
+        wanted = stock_steps(model, inputs, sequences[:, : length + step + 1])[:, -1]
+        assert_same(logits[:, step], wanted)
 
 
 class TestTurns:

@@ -165,6 +165,7 @@ class TestModes:
         exif[0x0112] = orientation
         source = saved(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif)
         assert (pixels(source) == upright).all()
+        assert (pixels(open_image(source)) == upright).all(), "once, however often it is opened"
 
     def test_exif_rotation_of_sixteen_bits(self):
         values = RAMP[:, :5].astype(np.uint16) * 257

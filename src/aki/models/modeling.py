@@ -318,6 +318,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict[str, Any]:
+        if self._outgrown(kwargs.get("past_key_values"), input_ids.shape[1]):
+            kwargs |= {"past_key_values": None, "next_sequence_length": None}
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -333,6 +335,12 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         if inputs.get("pixel_values") is not None:
             inputs["pixel_values"] = inputs["pixel_values"].to(prompt.device)
         return inputs
+
+    def _outgrown(self, cache: Cache | None, length: int) -> bool:
+        """Past this length Phi-3's longrope turns keys by other angles: what is cached is computed anew, as by
+        transformers' Phi3ForCausalLM."""
+        short = getattr(self.config.text_config, "original_max_position_embeddings", None)
+        return short is not None and length > short and cache is not None and 0 < cache.get_seq_length() <= short
 
     def create_masks_for_generate(
         self, attention_mask: Tensor | None = None, is_first_iteration: bool = False, **kwargs

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from aki.layout import number_runs
 from aki.models.images import open_image
 from aki.models.templates import ANSWER_TOKEN, IMAGE_TOKEN
 
@@ -36,10 +35,11 @@ class AkiProcessor(ProcessorMixin):
         **kwargs,
     ):
         self.image_seq_length = image_seq_length
-        self.image_token, self.image_token_id = image_token, _token_id(tokenizer, image_token)
-        self.answer_token, self.answer_token_id = answer_token, _token_id(tokenizer, answer_token)
-        if self.image_token_id is None:
+        image_token_id = _token_id(tokenizer, image_token)
+        if image_token_id is None:
             raise ValueError(f"the tokenizer does not know the image token {image_token!r}: add it as a special token.")
+        self.image_token, self.image_token_id = image_token, image_token_id
+        self.answer_token, self.answer_token_id = answer_token, _token_id(tokenizer, answer_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -132,16 +132,20 @@ class AkiProcessor(ProcessorMixin):
         )
 
     def _prompt_blocks(self, input_ids: list[int], attention_mask: list[int], answers: list[int]) -> list[int]:
-        starts_answer = torch.tensor([token == self.answer_token_id for token in input_ids], dtype=torch.bool)
-        prompt = ((torch.tensor(answers) == 0) | starts_answer) & (torch.tensor(attention_mask) == 1)
-        blocks = number_runs(prompt[None])[0]
-        for block in range(int(blocks.max()) + 1):
-            inside = (blocks == block).nonzero()
-            starts = (starts_answer & (blocks == block)).nonzero()
-            # White space that a template writes after the token is answer (paper, section 3).
-            if len(starts):
-                blocks[int(starts[-1]) + 1 : int(inside[-1]) + 1] = -1
-        return blocks.tolist()
+        starts_answer = [token == self.answer_token_id for token in input_ids]
+        prompt = [
+            bool(real and (start or not answer))
+            for real, start, answer in zip(attention_mask, starts_answer, answers, strict=True)
+        ]
+        blocks, block = [-1] * len(input_ids), 0
+        for is_prompt, run in groupby(range(len(input_ids)), key=prompt.__getitem__):
+            if is_prompt:
+                positions = list(run)
+                # White space that a template writes after the token is answer (paper, section 3).
+                end = max((p for p in positions if starts_answer[p]), default=positions[-1]) + 1
+                blocks[positions[0] : end] = [block] * (end - positions[0])
+                block += 1
+        return blocks
 
 
 def labels_from_prompt_blocks(input_ids: Tensor, attention_mask: Tensor, prompt_block_ids: Tensor, image_token_id: int):
