@@ -2,13 +2,13 @@ import json
 
 import numpy as np
 import pytest
-from model_builders import PER_IMAGE, PIXELS
+from model_builders import PER_IMAGE, PIXELS, TEXT, tiny_model
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from aki import AkiProcessor
+from aki import AkiForConditionalGeneration, AkiProcessor
 from aki.data.tokenizer import train_tokenizer
 from aki.models.templates import CAPTION, SHORT
 
@@ -49,6 +49,20 @@ def make_processor(tokenizer):
 @pytest.fixture
 def processor(make_processor) -> AkiProcessor:
     return make_processor()
+
+
+@pytest.fixture
+def make_model(processor):
+    """A model for the processor's tokenizer."""
+
+    def make(text: str = "llama", **config) -> AkiForConditionalGeneration:
+        text_config = TEXT[text]()
+        text_config.vocab_size = len(processor.tokenizer)
+        text_config.eos_token_id = processor.tokenizer.eos_token_id
+        text_config.pad_token_id = processor.tokenizer.pad_token_id
+        return tiny_model(text_config=text_config, image_token_id=processor.image_token_id, **config)
+
+    return make
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -66,6 +67,10 @@ TEXT = {
     "gemma3": lambda: Gemma3TextConfig(
         **_WITH_HEAD_DIM, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
     ),
+    # With learned positions, for which padding on the left must not count.
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_positions=128, n_embd=32, n_layer=2, n_head=4, pad_token_id=PAD, eos_token_id=EOS
+    ),
     "mistral with a window": lambda: MistralConfig(**_DECODER, sliding_window=WINDOW),
     "phi3 with a window": lambda: Phi3Config(**_DECODER, sliding_window=WINDOW),
     "qwen2 with a window": lambda: Qwen2Config(
@@ -111,6 +116,19 @@ def pictures(count: int, seed: int = 0) -> Tensor:
 def tokens(*parts: int | str, per_image: int = PER_IMAGE) -> list[int]:
     """Text tokens as they are, each "image" as its placeholders."""
     return [token for part in parts for token in ([IMAGE] * per_image if part == "image" else [part])]
+
+
+TOKENIZE = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+"""How a chat becomes the model's inputs."""
+
+
+def user(*parts) -> dict:
+    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
+    return {"role": "user", "content": content}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:

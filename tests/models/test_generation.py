@@ -7,13 +7,16 @@ from model_builders import (
     IMAGE,
     PAD,
     TEXT,
+    TOKENIZE,
     WINDOWED,
     assert_same,
+    assistant,
     pad,
     pictures,
     stock_logits,
     tiny_model,
     tokens,
+    user,
 )
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, Phi3Config, StaticCache
@@ -194,6 +197,30 @@ class TestTurns:
         _, wanted_logits = generate(model, second)
         _, logits = generate(model, second | {"pixel_values": picture}, past_key_values=cache)
         assert_same(logits, wanted_logits)
+
+    def test_a_chat_as_the_processor_gives_it(self, make_model, processor, picture):
+        model = make_model()
+        chat = [user(picture(10), "what is this ?")]
+        first = processor.apply_chat_template(chat, add_generation_prompt=True, **TOKENIZE)
+        cache = self.cache(model, "dynamic")
+        answer = processor.tokenizer("a red one<|endoftext|>")["input_ids"]
+        start = first["input_ids"].shape[1]
+        answered = model.generate(
+            **first,
+            past_key_values=cache,
+            max_new_tokens=len(answer),
+            prefix_allowed_tokens_fn=lambda _, ids: [answer[len(ids) - start]],
+        )
+        chat += [assistant("a red one"), user("and", picture(200), "this ?")]
+        second = processor.apply_chat_template(chat, add_generation_prompt=True, **TOKENIZE)
+        assert torch.equal(second["input_ids"][:, : answered.shape[1]], answered)
+        assert cache.get_seq_length() == answered.shape[1] - 1
+        found, logits = generate(model, second, past_key_values=cache)
+        uncached, uncached_logits = generate(model, second, use_cache=False)
+        assert torch.equal(found, uncached)
+        assert_same(logits, uncached_logits)
+        assert processor.image_token_id == IMAGE
+        assert_same(logits, stock_steps(model, second, found))
 
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     def test_a_batch_of_chats(self, kind):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from model_builders import TEXT, assert_same, tiny_model
+from model_builders import TEXT, TOKENIZE, assert_same, assistant, user
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -21,31 +21,6 @@ from transformers import (
 from aki import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.data.collate import ChatCollator
 from aki.data.schema import Sample
-
-TOKENIZE = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-
-
-def user(*parts) -> dict:
-    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
-    return {"role": "user", "content": content}
-
-
-def assistant(text: str) -> dict:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
-
-
-@pytest.fixture
-def make_model(processor):
-    """A model for the processor's tokenizer."""
-
-    def make(text: str = "llama", **config) -> AkiForConditionalGeneration:
-        text_config = TEXT[text]()
-        text_config.vocab_size = len(processor.tokenizer)
-        text_config.eos_token_id = processor.tokenizer.eos_token_id
-        text_config.pad_token_id = processor.tokenizer.pad_token_id
-        return tiny_model(text_config=text_config, image_token_id=processor.image_token_id, **config)
-
-    return make
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from model_builders import PER_IMAGE, PIXELS
+from model_builders import PER_IMAGE, PIXELS, TOKENIZE, assistant, user
 from transformers import AutoProcessor
 
 import aki
@@ -17,17 +17,7 @@ from aki.models.processing import labels_from_prompt_blocks
 
 EOS = "<|endoftext|>"
 IMAGES = "<image>" * PER_IMAGE
-TOKENIZE = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 PADDED = {"padding": True}
-
-
-def user(*parts) -> dict:
-    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
-    return {"role": "user", "content": content}
-
-
-def assistant(text: str) -> dict:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def system(text: str) -> dict:

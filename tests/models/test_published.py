@@ -288,7 +288,7 @@ def test_sizes_from_the_named_backbones(copy, cases, tmp_path):
     vision = {name: value for name, value in META["vision"].items() if name != "model_type"}
     SiglipConfig(vision_config=vision).save_pretrained(tmp_path / "siglip")
     phi3 = load_published(FOLDER).config.text_config
-    phi3.pad_token_id = 3
+    phi3.pad_token_id, phi3.tie_word_embeddings = 3, True
     phi3.save_pretrained(tmp_path / "phi3")
     rewrite_config(
         copy,
