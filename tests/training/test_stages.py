@@ -126,13 +126,13 @@ def test_schedule_and_decay_are_the_papers(tiny_recipe, tmp_path):
     trainer = _trainer(Job(tiny_recipe, "sft", tmp_path), model, processor, _collator(processor, stage))
     trainer.create_optimizer_and_scheduler(20)
     rates = []
-    for _ in range(21):
+    for _ in range(20):
         rates.append(trainer.lr_scheduler.get_last_lr()[0])
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
     low, high = 1e-4, 1e-3
     expected = [low + (high - low) * step / 4 for step in range(5)]
-    expected += [low + (high - low) * (1 + math.cos(math.pi * (step - 5) / 15)) / 2 for step in range(5, 21)]
+    expected += [low + (high - low) * (1 + math.cos(math.pi * (step - 4) / 15)) / 2 for step in range(5, 20)]
     assert rates == pytest.approx(expected)
     decayed = set(trainer.get_decay_parameter_names(model))
     assert "language_model.model.layers.0.mlp.up_proj.weight" in decayed
