@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 TEXT = 0
 """Modality of a text token. Media modalities are the positive integers (image is 1)."""
 IMAGE = 1
+VIDEO = 2
+AUDIO = 3
 
 IGNORE_INDEX = -100
 """Label of a token that is not learned, as in torch.nn.CrossEntropyLoss."""
@@ -36,6 +38,9 @@ class SequenceLayout:
     def shape(self) -> torch.Size:
         return self.document.shape
 
+    def to(self, device: torch.device) -> SequenceLayout:
+        return SequenceLayout(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
     @property
     def is_padding(self) -> Tensor:
         return self.document < 0
@@ -48,7 +53,7 @@ class SequenceLayout:
 def build_layout(
     input_ids: Tensor,
     media_token_ids: Mapping[int, int],
-    tokens_per_item: int,
+    tokens_per_item: int | None,
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -61,7 +66,7 @@ def build_layout(
     Args:
         input_ids: (batch, length), media placeholders already repeated once for every embedding.
         media_token_ids: modality -> id of its placeholder.
-        tokens_per_item: how many placeholders one picture has.
+        tokens_per_item: how many placeholders one picture has; None where that varies, each run of placeholders is one.
         attention_mask: (batch, length), 0 is padding. Absent: no padding.
         position_ids: (batch, length); where it restarts (and there is no attention_mask), a new packed document begins,
             which is how transformers reads it.
@@ -78,7 +83,10 @@ def build_layout(
     for kind, token_id in media_token_ids.items():
         modality = modality.masked_fill(input_ids == token_id, kind)
     is_media = modality != TEXT
-    media_item = ((is_media.cumsum(1) - 1) // tokens_per_item).masked_fill(~is_media, -1)
+    if tokens_per_item is None:
+        media_item = number_runs(is_media, torch.diff(modality, prepend=modality[:, :1]) != 0)
+    else:
+        media_item = ((is_media.cumsum(1) - 1) // tokens_per_item).masked_fill(~is_media, -1)
     if prompt_block_ids is None:
         prompt_block_ids = _blocks_from_labels(document, is_media, labels, training)
     return SequenceLayout(document, modality, media_item, prompt_block_ids.masked_fill(document < 0, -1))
