@@ -227,14 +227,29 @@ def _text_positions(position_ids: Tensor | None) -> Tensor | None:
 
 
 def _recorded_rule(model: nn.Module, base: PreTrainedModel) -> str | None:
-    adapters = getattr(model, "peft_config", None) or {}
-    mappings = [adapter.auto_mapping or {} for adapter in adapters.values() if hasattr(adapter, "auto_mapping")]
-    recorded = [mapping[_CONFIG_FIELD] for mapping in mappings if _CONFIG_FIELD in mapping]
-    return recorded[0] if recorded else getattr(base.config, _CONFIG_FIELD, None)
+    mappings = [adapter.auto_mapping or {} for adapter in _adapters(model)]
+    return next((m[_CONFIG_FIELD] for m in mappings if _CONFIG_FIELD in m), getattr(base.config, _CONFIG_FIELD, None))
 
 
 def _record_rule(model: nn.Module, base: PreTrainedModel, name: str | None) -> None:
-    setattr(base.config, _CONFIG_FIELD, name)
+    """An adapter's configuration has one field that takes what PEFT doesn't know: `auto_mapping`."""
+    if name is not None:
+        setattr(base.config, _CONFIG_FIELD, name)
+    elif hasattr(base.config, _CONFIG_FIELD):
+        delattr(base.config, _CONFIG_FIELD)
+    for adapter in _adapters(model):
+        others = {key: value for key, value in (adapter.auto_mapping or {}).items() if key != _CONFIG_FIELD}
+        adapter.auto_mapping = (others | ({_CONFIG_FIELD: name} if name is not None else {})) or None
+        if name is not None and adapter.task_type is None:
+            logger.warning(
+                "PEFT writes its own auto_mapping over the rule %r when it saves an adapter without a task_type: give the "
+                "LoraConfig task_type='CAUSAL_LM', or pass unlock the rule after loading.",
+                name,
+            )
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    return [adapter for adapter in getattr(model, "peft_config", {}).values() if hasattr(adapter, "auto_mapping")]
 
 
 def _say_what_is_joined(model: PreTrainedModel, rule: str) -> None:
@@ -248,7 +263,8 @@ def _say_what_is_joined(model: PreTrainedModel, rule: str) -> None:
             type(model).__name__,
             rule,
         )
-    if hasattr(type(model), "create_masks_for_generate") and "create_masks_for_generate" in vars(type(model)):
+    # A model that makes masks of its own has to tell `generate` how.
+    if "create_masks_for_generate" in vars(type(model)):
         logger.warning(
             "%s has masks of its own, in which media may see each other both ways: it keeps them, and the rule %r adds to "
             "them (the union).",
