@@ -66,7 +66,7 @@ def build_layout(
     Args:
         input_ids: (batch, length), media placeholders already repeated once for every embedding.
         media_token_ids: modality -> id of its placeholder.
-        tokens_per_item: how many placeholders one picture has; None where that varies, each run of placeholders is one.
+        tokens_per_item: how many placeholders one picture has; None: each run of placeholders is one.
         attention_mask: (batch, length), 0 is padding. Absent: no padding.
         position_ids: (batch, length); where it restarts (and there is no attention_mask), a new packed document begins,
             which is how transformers reads it.

@@ -77,7 +77,7 @@ def build(config: Any, auto: Any = AutoModelForImageTextToText) -> PreTrainedMod
     torch.manual_seed(0)
     model = auto.from_config(config, attn_implementation="sdpa").eval()
     # Larger than an initialisation would be, so that what a token sees changes what it says.
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.2)
     model.generation_config.eos_token_id = None
@@ -114,8 +114,8 @@ def llava_onevision() -> Family:
         "image_sizes": torch.tensor([[16, 16]] * ROWS),
         "pixel_values_videos": pixels(ROWS, 3, 3, 16, 16),
     }
-    # Image: the whole and one tile of 2 x 2 patches, a newline a row of the tile. Video: three frames, pooled to one patch
-    # each, and a newline.
+    # Image: the whole and one tile of 2 x 2 patches, a newline a row of the tile. Video: three frames, pooled to one
+    # patch each, and a newline.
     return Family(build(config), [(IMAGE_ID, 10), (VIDEO_ID, 4)], media)
 
 

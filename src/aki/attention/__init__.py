@@ -2,8 +2,8 @@
 (`guard`), and all of that for any other model (`unlock`)."""
 
 from aki.attention.dense import dense_mask, language_model_masks
-from aki.attention.guard import LeakError, NothingOpensError, check_no_leak, reach
 from aki.attention.families import CannotUnlock
+from aki.attention.guard import LeakError, NothingOpensError, check_no_leak, reach
 from aki.attention.prompts import write_prompt_blocks
 from aki.attention.rules import RULES, Rule, get_rule
 from aki.attention.unlock import NothingOpensWarning, lock, unlock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,9 @@ def language_model_masks(
 ) -> Tensor | dict[str, Tensor]:
     """The masks that a transformers language model takes as `attention_mask`: one, or one a layer type.
 
-    transformers makes the model's own masks (causal, windows, chunks, padding, cache sizes), unless they come ready made.
-    The rule is then laid over the tokens of this call: what it opens ahead is added, what it closes behind is taken away.
-    Tokens already in the cache stay as the model's own mask has them, so decoding after a prefill is causal.
+    transformers makes the model's own masks (causal, windows, chunks, padding, cache sizes), unless they come ready
+    made. The rule is then laid over the tokens of this call: what it opens ahead is added, what it closes behind is
+    taken away. Tokens already in the cache stay as the model's own mask has them: decoding after a prefill is causal.
 
     Args:
         layout: of the tokens of this call, (batch, query length).
@@ -57,13 +58,12 @@ def language_model_masks(
             f"the rule {rule.name!r} needs a mask, which attn_implementation={implementation!r} cannot take: "
             f"load the model with attn_implementation='sdpa' or 'eager'."
         )
-    if is_prepared(attention_mask):
-        own = attention_mask
-    else:
+    own: Any = attention_mask
+    if not is_prepared(attention_mask):
         boolean_config = copy.copy(config)
         boolean_config._attn_implementation = "sdpa"
         own = create_masks_for_generate(
-            boolean_config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
+            boolean_config, inputs_embeds, own, past_key_values, position_ids=position_ids
         )
     allowed = dense_mask(rule, layout)[:, None]
 
@@ -98,7 +98,8 @@ def _overlay(allowed: Tensor, own: Tensor | None, cache: Cache | None, layer: in
     behind = key <= query
     # None is transformers' shorthand for plain causal attention.
     own = behind if own is None else own
-    return (own & (ruled | ~in_call)) | (ruled & ~behind)
+    # Behind, both must agree; ahead, what either opens is open (some models show an image's tokens to each other).
+    return (own & (ruled | ~in_call | ~behind)) | (ruled & ~behind)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

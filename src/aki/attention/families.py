@@ -1,4 +1,4 @@
-"""What `unlock` needs to know of a model, read from the model itself: which tokens are media, and which module decodes."""
+"""What `unlock` needs to know of a model, read from the model itself: its media tokens and the module that decodes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CannotUnlock(ValueError):
     """The model has nothing that a visibility rule could be laid over."""
 
 
-def underlying_model(model: nn.Module) -> PreTrainedModel:
+def underlying_model(model: Any) -> PreTrainedModel:
     """The model whose forward takes input_ids and labels: within PEFT's wrapper, and of Qwen-Omni the thinker.
 
     Raises:
@@ -54,8 +54,8 @@ def media_token_ids(config: PreTrainedConfig, processor: Any = None) -> dict[int
             found[modality] = token_id
     if not found:
         raise CannotUnlock(
-            f"{config.model_type!r} puts no media tokens among its text (its configuration names no image, video or audio "
-            "token): there is nothing that could see the question."
+            f"{config.model_type!r} puts no media tokens among its text (its configuration names no image, video or "
+            "audio token): there is nothing that could see the question."
         )
     return found
 
@@ -72,14 +72,14 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
         raise CannotUnlock(f"{kind!r} is an encoder-decoder: its encoder sees media and text both ways already.")
     if hasattr(text_config, "cross_attention_layers") or hasattr(config, "cross_layer_interval"):
         raise CannotUnlock(
-            f"{kind!r} reads images by cross-attention: no image token stands in the decoder's sequence, so none could see "
-            "the question. That takes other weights, not another mask."
+            f"{kind!r} reads images by cross-attention: no image token stands in the decoder's sequence, so none could "
+            "see the question. That takes other weights, not another mask."
         )
     unmasked = set(getattr(text_config, "layer_types", None) or ()) - MASKED_LAYERS
     if unmasked:
         raise CannotUnlock(
-            f"{kind!r} has layers of kind {', '.join(sorted(unmasked))}, which have no mask over pairs of tokens: a rule "
-            "would hold in some layers and not in others."
+            f"{kind!r} has layers of kind {', '.join(sorted(unmasked))}, which have no mask over pairs of tokens: a "
+            "rule would hold in some layers and not in others."
         )
     decoder = model.get_decoder()
     if "attention_mask" not in inspect.signature(decoder.forward).parameters:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -66,13 +66,13 @@ class AnswerMarks:
         first_answer, question, answer = _WORDS[1:]
         chat = render(_WORDS)
         asked = render(_WORDS[:3], add_generation_prompt=True)
-        before = commonprefix([_between(chat, question, answer), asked.rpartition(question)[2]])
+        before = _common_start(_between(chat, question, answer), asked.rpartition(question)[2])
         next_question, end = _between(chat, first_answer, question), chat.rpartition(answer)[2]
-        ending = commonprefix([end, next_question])
+        ending = _common_start(end, next_question)
         if not before.strip(_BLANKS) or not next_question.strip(_BLANKS):
             raise ValueError(
-                "the chat template writes nothing between a question and its answer by which the answer could be found: "
-                "write prompt_block_ids (or labels of -100 on the prompt) yourself."
+                "the chat template writes nothing between a question and its answer by which the answer could be "
+                "found: write prompt_block_ids (or labels of -100 on the prompt) yourself."
             )
         after = ending if ending.strip(_BLANKS) else next_question
         return cls(tokenizer, before, after, len(ending))
@@ -123,7 +123,7 @@ class PromptBlockWriter:
         return getattr(self.wrapped, name)
 
     def _write(self, batch: Any) -> Any:
-        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        if not isinstance(batch, MutableMapping) or not isinstance(batch.get("input_ids"), Tensor):
             return batch
         ids, attention = batch["input_ids"], batch.get("attention_mask")
         blocks = self.marks.blocks(ids, attention)
@@ -132,8 +132,9 @@ class PromptBlockWriter:
         if not bool(((blocks < 0) & real).any()):
             if labels is not None:
                 raise ValueError(
-                    f"no answer was found in this batch: the chat template writes {self.marks.before!r} before an answer, "
-                    "which does not stand in input_ids. Was the chat cut off by max_length, or made by another template?"
+                    f"no answer was found in this batch: the chat template writes {self.marks.before!r} before an "
+                    "answer, which does not stand in input_ids. Was the chat cut off by max_length, or written by "
+                    "another template?"
                 )
             # A prompt without answers is one block, which is what a rule takes it for.
             return batch
@@ -172,3 +173,7 @@ def _join(tokenizer: Any, ids: list[int]) -> tuple[str, list[int]]:
 
 def _between(text: str, left: str, right: str) -> str:
     return text.rpartition(left)[2].partition(right)[0]
+
+
+def _common_start(left: str, right: str) -> str:
+    return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

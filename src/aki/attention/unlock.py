@@ -1,7 +1,7 @@
 """`unlock`: a visibility rule for any multimodal language model of transformers, through forward hooks alone.
 
-One hook describes the batch when the model is called, and keeps the description for that call; one lays the rule over the
-masks that the text decoder is given. Nothing of the model is replaced, and its weights are untouched.
+One hook describes the batch when the model is called, and keeps the description for that call; one lays the rule over
+the masks that the text decoder is given. Nothing of the model is replaced, and its weights are untouched.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class NothingOpensWarning(UserWarning):
 def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> nn.Module:
     """Lay a visibility rule over a model's own masks, from now on. `lock` takes it off again.
 
-    forward then also takes `prompt_block_ids` (batch, length), which `write_prompt_blocks` writes. Without them, maximal
-    runs of -100 in `labels` are the prompts; without labels, the stretches between answers where `processor` is given, else
-    the whole input. What was generated is never prompt. The rule's name goes into the configuration (and an adapter's),
-    so `unlock` needs no `rule` after `from_pretrained`.
+    forward then also takes `prompt_block_ids` (batch, length), which `write_prompt_blocks` writes. Without them,
+    maximal runs of -100 in `labels` are the prompts; without labels, the stretches between answers where `processor` is
+    given, else the whole input. What was generated is never prompt. The rule's name goes into the configuration (and an
+    adapter's), so `unlock` needs no `rule` after `from_pretrained`.
 
     Args:
         model: what AutoModelForImageTextToText and its like return, or PEFT's wrapper of it.
-        processor: its processor, whose chat template says where answers are. Needed for generation from chats of several
-            turns, and for media tokens that the configuration doesn't name.
+        processor: its processor, whose chat template says where answers are. Needed for generation from chats of
+            several turns, and for media tokens that the configuration doesn't name.
         rule: a name in `aki.attention.RULES`. Absent: what the configuration says, else "mma".
 
     Returns:
@@ -68,7 +68,7 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
 
 
 def lock(model: nn.Module) -> nn.Module:
-    """Take the rule off: the model is again what it was, bit for bit. Does nothing to a model that was never unlocked."""
+    """Take the rule off: the model is again what it was, bit for bit. One that was never unlocked stays as it is."""
     base = underlying_model(model)
     state = getattr(base, _STATE, None)
     if state is not None:
@@ -151,14 +151,14 @@ class _Unlocked:
             check_no_leak(self.rule, layout, labels)
         except NothingOpensError as nothing:
             warnings.warn(
-                f"THE MODEL TRAINS WITH CAUSAL ATTENTION, although it is unlocked: {nothing} A collator that labels whole "
-                "chats, as TRL's does by default, is mended by one line: "
+                f"THE MODEL TRAINS WITH CAUSAL ATTENTION, although it is unlocked: {nothing} A collator that labels "
+                "whole chats, as TRL's does by default, is mended by one line: "
                 "trainer.data_collator = aki.write_prompt_blocks(trainer.data_collator)",
                 NothingOpensWarning,
                 stacklevel=2,
             )
 
-    def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def before_decoder(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self.layout is None:
             return args, kwargs
         embeds = kwargs.get("inputs_embeds")
@@ -167,8 +167,8 @@ class _Unlocked:
             embeds = torch.empty(*ids.shape, 0, dtype=module.dtype, device=ids.device)
         if embeds.shape[:2] != self.layout.shape:
             raise ValueError(
-                f"the decoder got {tuple(embeds.shape[:2])} tokens where input_ids had {tuple(self.layout.shape)}: a rule "
-                "needs one placeholder for every embedding."
+                f"the decoder got {tuple(embeds.shape[:2])} tokens where input_ids had {tuple(self.layout.shape)}: a "
+                "rule needs one placeholder for every embedding."
             )
         kwargs["attention_mask"] = language_model_masks(
             self.rule,
@@ -242,8 +242,8 @@ def _record_rule(model: nn.Module, base: PreTrainedModel, name: str | None) -> N
         adapter.auto_mapping = (others | ({_CONFIG_FIELD: name} if name is not None else {})) or None
         if name is not None and adapter.task_type is None:
             logger.warning(
-                "PEFT writes its own auto_mapping over the rule %r when it saves an adapter without a task_type: give the "
-                "LoraConfig task_type='CAUSAL_LM', or pass unlock the rule after loading.",
+                "PEFT writes its own auto_mapping over the rule %r when it saves an adapter without a task_type: give "
+                "the LoraConfig task_type='CAUSAL_LM', or pass unlock the rule after loading.",
                 name,
             )
 
@@ -266,8 +266,8 @@ def _say_what_is_joined(model: PreTrainedModel, rule: str) -> None:
     # A model that makes masks of its own has to tell `generate` how.
     if "create_masks_for_generate" in vars(type(model)):
         logger.warning(
-            "%s has masks of its own, in which media may see each other both ways: it keeps them, and the rule %r adds to "
-            "them (the union).",
+            "%s has masks of its own, in which media may see each other both ways: it keeps them, and the rule %r adds "
+            "to them (the union).",
             type(model).__name__,
             rule,
         )
