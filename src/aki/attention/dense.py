@@ -62,9 +62,7 @@ def language_model_masks(
     if not is_prepared(attention_mask):
         boolean_config = copy.copy(config)
         boolean_config._attn_implementation = "sdpa"
-        own = create_masks_for_generate(
-            boolean_config, inputs_embeds, own, past_key_values, position_ids=position_ids
-        )
+        own = create_masks_for_generate(boolean_config, inputs_embeds, own, past_key_values, position_ids=position_ids)
     allowed = dense_mask(rule, layout)[:, None]
 
     def overlay(own_mask: Tensor | None, layer: int) -> Tensor:
