@@ -1,8 +1,8 @@
 """Seconds a training step of a LLaVA, locked and unlocked, at the paper's lengths: 144 image and 512 text tokens.
 
-Both take turns on the same weights and the same batches, so that a noisy machine disturbs both alike. Two batches: rows of
-different lengths, padded, as in training (the stock model makes a mask as well), and rows of equal length, for which the
-stock model needs no mask at all.
+Both take turns on the same weights and the same batches, so that a noisy machine disturbs both alike. Two batches: rows
+of different lengths, padded, as in training (the stock model makes a mask as well), and rows of equal length, for which
+the stock model needs no mask at all.
 """
 
 from __future__ import annotations

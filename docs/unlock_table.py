@@ -23,7 +23,7 @@ COLUMNS = {
     "test_answers_are_never_seen_by_what_comes_before": "no leak",
     "test_eager_equals_sdpa": "eager = sdpa",
 }
-CELLS = {"passed": "yes", "failed": "**no**", "skipped": "–"}
+CELLS = {"passed": "yes", "failed": "**no**", "skipped": "n/a"}
 
 
 class Results:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,6 +13,9 @@ TEXT = 0
 IMAGE = 1
 VIDEO = 2
 AUDIO = 3
+
+SCOPE_TOKEN, END_SCOPE_TOKEN = "<|scope|>", "<|/scope|>"
+"""What opens and closes a scope in text."""
 
 IGNORE_INDEX = -100
 """Label of a token that is not learned, as in torch.nn.CrossEntropyLoss."""
@@ -66,7 +69,7 @@ def build_layout(
     prompt_block_ids: Tensor | None = None,
     labels: Tensor | None = None,
     training: bool = False,
-    scope_token_ids: tuple[int, int] | None = None,
+    scope_token_ids: Sequence[int] | None = None,
 ) -> SequenceLayout:
     """Describe a batch, once, from what the model is given.
 

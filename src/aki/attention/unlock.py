@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aki.attention.dense import as_boolean, is_prepared, language_model_masks
-from aki.attention.families import media_token_ids, text_decoder, underlying_model
+from aki.attention.families import media_token_ids, scope_token_ids, text_decoder, underlying_model
 from aki.attention.guard import NothingOpensError, check_no_leak
 from aki.attention.prompts import AnswerMarks
 from aki.attention.rules import Rule, get_rule
-from aki.layout import SequenceLayout, build_layout
+from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN, SequenceLayout, build_layout
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +52,19 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
 
     Raises:
         CannotUnlock: no rule could be laid over this model, and why.
-        ValueError: no such rule.
+        ValueError: no such rule, or one that needs what the processor doesn't have.
     """
     base = underlying_model(model)
     decoder = text_decoder(base)
     name = rule or _recorded_rule(model, base) or "mma"
     marks = None if processor is None else AnswerMarks.of(processor)
-    state = _Unlocked(get_rule(name), media_token_ids(base.config, processor), decoder, marks)
+    scopes = scope_token_ids(processor)
+    if name == "mma_scoped" and scopes is None:
+        raise ValueError(
+            f"the rule 'mma_scoped' reads scopes from the tokens {SCOPE_TOKEN} and {END_SCOPE_TOKEN}: add them to the "
+            "tokenizer as special tokens, and pass unlock the processor."
+        )
+    state = _Unlocked(get_rule(name), media_token_ids(base.config, processor), decoder, marks, scopes)
     lock(model)
     state.attach(base)
     setattr(base, _STATE, state)
@@ -81,8 +87,16 @@ def lock(model: nn.Module) -> nn.Module:
 class _Unlocked:
     """The hooks of one model, and what they know during a call."""
 
-    def __init__(self, rule: Rule, media_token_ids: dict[int, int], decoder: nn.Module, marks: AnswerMarks | None):
-        self.rule, self.media_token_ids, self.decoder, self.marks = rule, media_token_ids, decoder, marks
+    def __init__(
+        self,
+        rule: Rule,
+        media_token_ids: dict[int, int],
+        decoder: nn.Module,
+        marks: AnswerMarks | None,
+        scope_token_ids: list[int] | None,
+    ):
+        self.rule, self.media_token_ids, self.decoder = rule, media_token_ids, decoder
+        self.marks, self.scope_token_ids = marks, scope_token_ids
         self.handles: list[Any] = []
         self.layout: SequenceLayout | None = None
         self.called: nn.Module | None = None
@@ -138,6 +152,7 @@ class _Unlocked:
             prompt_block_ids=blocks,
             labels=labels,
             training=module.training,
+            scope_token_ids=self.scope_token_ids,
         )
         if labels is not None and module.training:
             self.guard(layout, labels)
