@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +201,11 @@ def test_eager_equals_sdpa(family):
     sdpa = logits(family, inputs)
     family.model.set_attn_implementation("eager")
     torch.testing.assert_close(logits(family, inputs)[real], sdpa[real], atol=1e-4, rtol=1e-4)
+
+
+def test_the_page_shows_every_family():
+    page = (Path(__file__).parents[2] / "docs" / "unlock.md").read_text()
+    assert [name for name in FAMILIES if f"\n| {name} | yes |" not in page] == [], "run docs/unlock_table.py"
 
 
 def test_says_when_the_models_own_mask_is_joined(family, caplog):
