@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class SequenceLayout:
 
     def to(self, device: torch.device) -> SequenceLayout:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SequenceLayout(**{name: None if t is None else t.to(device) for name, t in tensors.items()})
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
     @property
     def is_padding(self) -> Tensor:

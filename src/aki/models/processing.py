@@ -207,7 +207,7 @@ def _prepare_message(message: dict) -> dict:
 def _without_scopes(parts: list[dict]) -> Iterator[dict]:
     """Scopes, and tables as scopes of rows of cells, written out as tokens around what stands in them."""
     for part in parts:
-        inside = part.get("content")
+        inside = part.get("content") or []
         if part.get("type") == "table":
             rows = [[{"type": "scope", "content": cell} for cell in row] for row in part["rows"]]
             inside = [{"type": "scope", "content": row} for row in rows]
