@@ -50,7 +50,12 @@ def mma(row: Row, q: int, k: int) -> bool:
     return query.block != -1 and query.block == key.block
 
 
-RULES: dict[str, Callable[[Row, int, int], bool]] = {"causal": causal, "mma": mma}
+RULES: dict[str, Callable[[Row, int, int], bool]] = {
+    "causal": causal,
+    "mma": mma,
+    # These rows mark no scopes, where the two are one; rows that do are in attention/test_scopes.py.
+    "mma_scoped": mma,
+}
 
 
 def sees(rule: str, row: Row, q: int, k: int) -> bool:

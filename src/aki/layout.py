@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TEXT = 0
 """Modality of a text token. Media modalities are the positive integers (image is 1)."""
 IMAGE = 1
+VIDEO = 2
+AUDIO = 3
+
+SCOPE_TOKEN, END_SCOPE_TOKEN = "<|scope|>", "<|/scope|>"
+"""What opens and closes a scope in text."""
 
 IGNORE_INDEX = -100
 """Label of a token that is not learned, as in torch.nn.CrossEntropyLoss."""
@@ -18,23 +23,32 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Four integer tensors of shape (batch, length) that say what each token is.
+    """Integer tensors of shape (batch, length) that say what each token is.
 
     Attributes:
         document: 0, 1, ... for each document of a row; -1 is padding.
         modality: 0 for text, a positive number for each kind of media.
         media_item: 0, 1, ... for each picture of a row; -1 is text.
         prompt_block: 0, 1, ... for each stretch of prompt between two answers; -1 is an answer, a caption or padding.
+        scope: the innermost scope that a token stands in, numbered 1, 2, ... as they open in the row; 0 is none.
+        scope_end: the last number of the scopes within that one: a scope t holds a scope s, itself or any below it,
+            exactly if t <= s <= end of t. Both are None where the input marks no scopes.
     """
 
     document: Tensor
     modality: Tensor
     media_item: Tensor
     prompt_block: Tensor
+    scope: Tensor | None = None
+    scope_end: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
         return self.document.shape
+
+    def to(self, device: torch.device) -> SequenceLayout:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
     @property
     def is_padding(self) -> Tensor:
@@ -48,20 +62,21 @@ class SequenceLayout:
 def build_layout(
     input_ids: Tensor,
     media_token_ids: Mapping[int, int],
-    tokens_per_item: int,
+    tokens_per_item: int | None,
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     prompt_block_ids: Tensor | None = None,
     labels: Tensor | None = None,
     training: bool = False,
+    scope_token_ids: Sequence[int] | None = None,
 ) -> SequenceLayout:
     """Describe a batch, once, from what the model is given.
 
     Args:
         input_ids: (batch, length), media placeholders already repeated once for every embedding.
         media_token_ids: modality -> id of its placeholder.
-        tokens_per_item: how many placeholders one picture has.
+        tokens_per_item: how many placeholders one picture has; None: each run of placeholders is one.
         attention_mask: (batch, length), 0 is padding. Absent: no padding.
         position_ids: (batch, length); where it restarts (and there is no attention_mask), a new packed document begins,
             which is how transformers reads it.
@@ -69,6 +84,7 @@ def build_layout(
         labels: (batch, length). Where prompt_block_ids are absent, each maximal run of -100 within a document is a
             block. Labels on media tokens count as -100.
         training: without prompt_block_ids and labels, everything is one block, which in training would be a leak.
+        scope_token_ids: the tokens that open and close a scope, which both belong to it.
 
     Raises:
         ValueError: neither prompt_block_ids nor labels in training.
@@ -78,10 +94,15 @@ def build_layout(
     for kind, token_id in media_token_ids.items():
         modality = modality.masked_fill(input_ids == token_id, kind)
     is_media = modality != TEXT
-    media_item = ((is_media.cumsum(1) - 1) // tokens_per_item).masked_fill(~is_media, -1)
+    if tokens_per_item is None:
+        media_item = number_runs(is_media, torch.diff(modality, prepend=modality[:, :1]) != 0)
+    else:
+        media_item = ((is_media.cumsum(1) - 1) // tokens_per_item).masked_fill(~is_media, -1)
     if prompt_block_ids is None:
         prompt_block_ids = _blocks_from_labels(document, is_media, labels, training)
-    return SequenceLayout(document, modality, media_item, prompt_block_ids.masked_fill(document < 0, -1))
+    scope, scope_end = (None, None) if scope_token_ids is None else _scopes(input_ids, *scope_token_ids)
+    prompt_block = prompt_block_ids.masked_fill(document < 0, -1)
+    return SequenceLayout(document, modality, media_item, prompt_block, scope, scope_end)
 
 
 def number_runs(inside: Tensor, breaks: Tensor | None = None) -> Tensor:
@@ -91,9 +112,31 @@ def number_runs(inside: Tensor, breaks: Tensor | None = None) -> Tensor:
         inside: (batch, length) bool.
         breaks: (batch, length) bool.
     """
-    previous = torch.nn.functional.pad(inside, (1, 0))[:, :-1]
+    previous = nn.functional.pad(inside, (1, 0))[:, :-1]
     starts = inside & ~previous if breaks is None else inside & (~previous | breaks)
     return (starts.long().cumsum(1) - 1).masked_fill(~inside, -1)
+
+
+def _scopes(input_ids: Tensor, open_id: int, close_id: int) -> tuple[Tensor, Tensor]:
+    """For each token its innermost scope, and the last of the scopes within that one; (batch, length) both.
+
+    A scope that is never closed goes on to the end of the row; what closes none is a token like any other.
+    """
+    opens, closes = (input_ids == open_id).long(), (input_ids == close_id).long()
+    number = opens.cumsum(1)
+    before = nn.functional.pad((opens - closes).cumsum(1), (1, 0))[:, :-1]
+    # A close without an open takes the balance below zero: what is zero starts again from there.
+    depth = before - before.cummin(1).values.clamp(max=0) + opens
+    scope, end = torch.zeros_like(number), number[:, -1:].expand_as(number).clone()
+    for level in range(1, int(depth.max()) + 1):
+        here = depth == level
+        innermost = (number * opens * here).cummax(1).values
+        # The first scope that opens after this one is over, and not within it.
+        next_opened = torch.where(opens.bool() & (depth <= level), number, number[:, -1:] + 1)
+        after = nn.functional.pad(next_opened[:, 1:].flip(1).cummin(1).values.flip(1), (0, 1))
+        after[:, -1:] = number[:, -1:] + 1
+        scope, end = torch.where(here, innermost, scope), torch.where(here, after - 1, end)
+    return scope, end
 
 
 def _documents(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:

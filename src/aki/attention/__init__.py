@@ -1,7 +1,26 @@
-"""Which token may see which (`rules`), how that is computed (`dense`), and the proof that nothing leaks (`guard`)."""
+"""Which token may see which (`rules`), how that is computed (`dense`), the proof that it does not leak
+(`guard`), and all of that for any other model (`unlock`)."""
 
 from aki.attention.dense import dense_mask, language_model_masks
-from aki.attention.guard import LeakError, check_no_leak, reach
+from aki.attention.families import CannotUnlock
+from aki.attention.guard import LeakError, NothingOpensError, check_no_leak, reach
+from aki.attention.prompts import write_prompt_blocks
 from aki.attention.rules import RULES, Rule, get_rule
+from aki.attention.unlock import NothingOpensWarning, lock, unlock
 
-__all__ = ["RULES", "LeakError", "Rule", "check_no_leak", "dense_mask", "get_rule", "language_model_masks", "reach"]
+__all__ = [
+    "RULES",
+    "CannotUnlock",
+    "LeakError",
+    "NothingOpensError",
+    "NothingOpensWarning",
+    "Rule",
+    "check_no_leak",
+    "dense_mask",
+    "get_rule",
+    "language_model_masks",
+    "lock",
+    "reach",
+    "unlock",
+    "write_prompt_blocks",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,21 +29,22 @@ def language_model_masks(
     layout: SequenceLayout,
     config: PreTrainedConfig,
     inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | dict[str, Tensor | None] | None,
     past_key_values: Cache | None,
     position_ids: Tensor | None,
 ) -> Tensor | dict[str, Tensor]:
     """The masks that a transformers language model takes as `attention_mask`: one, or one a layer type.
 
-    transformers makes the model's own masks (causal, windows, chunks, padding, cache sizes). The rule is then laid over
-    the tokens of this call: what it opens ahead is added, what it closes behind is taken away. Tokens already in the
-    cache stay as the model's own mask has them, so decoding after a prefill is causal.
+    transformers makes the model's own masks (causal, windows, chunks, padding, cache sizes), unless they come ready
+    made. The rule is then laid over the tokens of this call: what it opens ahead is added, what it closes behind is
+    taken away. Tokens already in the cache stay as the model's own mask has them: decoding after a prefill is causal.
 
     Args:
         layout: of the tokens of this call, (batch, query length).
         config: the language model's.
         inputs_embeds: (batch, query length, hidden), for dtype and device.
-        attention_mask: (batch, cached + query length), 0 is padding.
+        attention_mask: (batch, cached + query length), 0 is padding; or the model's own masks, (batch, 1, query length,
+            key length), one or one a layer type.
 
     Returns:
         (batch, 1, query length, key length), bool for sdpa, 0 and -inf (the dtype's minimum) for eager.
@@ -56,20 +58,30 @@ def language_model_masks(
             f"the rule {rule.name!r} needs a mask, which attn_implementation={implementation!r} cannot take: "
             f"load the model with attn_implementation='sdpa' or 'eager'."
         )
-    boolean_config = copy.copy(config)
-    boolean_config._attn_implementation = "sdpa"
-    own = create_masks_for_generate(
-        boolean_config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
-    )
+    own: Any = attention_mask
+    if not is_prepared(attention_mask):
+        boolean_config = copy.copy(config)
+        boolean_config._attn_implementation = "sdpa"
+        own = create_masks_for_generate(boolean_config, inputs_embeds, own, past_key_values, position_ids=position_ids)
     allowed = dense_mask(rule, layout)[:, None]
 
     def overlay(own_mask: Tensor | None, layer: int) -> Tensor:
-        mask = _overlay(allowed, own_mask, past_key_values, layer)
+        mask = _overlay(allowed, as_boolean(own_mask), past_key_values, layer)
         return mask if implementation == "sdpa" else _additive(mask, inputs_embeds.dtype)
 
     if isinstance(own, dict):
         return {kind: overlay(mask, config.layer_types.index(kind)) for kind, mask in own.items()}
     return overlay(own, 0)
+
+
+def is_prepared(attention_mask: Tensor | dict[str, Tensor | None] | None) -> bool:
+    """Whether these are masks that a model takes as they are, not (batch, length) with 0 for padding."""
+    return isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4)
+
+
+def as_boolean(mask: Tensor | None) -> Tensor | None:
+    """True where a token is seen, from a mask for sdpa or for eager."""
+    return mask if mask is None or mask.dtype == torch.bool else mask == 0
 
 
 def _overlay(allowed: Tensor, own: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
@@ -84,7 +96,8 @@ def _overlay(allowed: Tensor, own: Tensor | None, cache: Cache | None, layer: in
     behind = key <= query
     # None is transformers' shorthand for plain causal attention.
     own = behind if own is None else own
-    return (own & (ruled | ~in_call)) | (ruled & ~behind)
+    # Behind, both must agree; ahead, what either opens is open (some models show an image's tokens to each other).
+    return (own & (ruled | ~in_call | ~behind)) | (ruled & ~behind)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

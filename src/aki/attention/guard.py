@@ -16,7 +16,11 @@ from aki.layout import IGNORE_INDEX, SequenceLayout
 
 
 class LeakError(ValueError):
-    """Training on this batch would show the model its own answer, or would not use the rule it is named after."""
+    """Training on this batch would show the model its own answer."""
+
+
+class NothingOpensError(LeakError):
+    """Training on this batch would not use the rule it is named after."""
 
 
 def reach(rule: Rule, layout: SequenceLayout) -> Tensor:
@@ -37,6 +41,7 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
 
     Raises:
         LeakError: with the row, the rule and the path of the leak.
+        NothingOpensError: the rule opens nothing.
     """
     labels = labels.masked_fill(layout.is_media | layout.is_padding, IGNORE_INDEX)
     supervised = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
@@ -47,7 +52,7 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
         raise LeakError(_leak_message(rule, layout, leaks))
     beyond_causal = rule.name != "causal"
     if beyond_causal and layout.is_media.any() and supervised.any() and not ahead.any():
-        raise LeakError(
+        raise NothingOpensError(
             f"the rule {rule.name!r} opens nothing in this batch: no picture has prompt text that it could see, "
             "because every text token after it is a label. On captions train with attention_rule='causal' (as the "
             "paper does in pre-training); on questions, label the answers only."

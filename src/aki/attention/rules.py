@@ -30,6 +30,15 @@ def mma(layout: SequenceLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return causal(layout, b, q, k) | mutual
 
 
+def mma_scoped(layout: SequenceLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """As mma, but of what follows media sees only its own scope and those above it: its caption, not another's."""
+    if layout.scope is None or layout.scope_end is None:
+        return mma(layout, b, q, k)
+    q_scope = layout.scope[b, q]
+    holds = (layout.scope[b, k] <= q_scope) & (q_scope <= layout.scope_end[b, k])
+    return causal(layout, b, q, k) | (mma(layout, b, q, k) & holds)
+
+
 def far_causal(layout: SequenceLayout) -> Tensor:
     return torch.arange(layout.shape[1], device=layout.document.device).expand(layout.shape)
 
@@ -41,6 +50,22 @@ def far_mma(layout: SequenceLayout) -> Tensor:
         if modality != TEXT:
             others = last_in_group(layout, layout.prompt_block, layout.modality != modality)
             far = torch.where(layout.modality == modality, torch.maximum(far, others), far)
+    return far
+
+
+def far_mma_scoped(layout: SequenceLayout) -> Tensor:
+    """A media token sees as far as the last token of another modality in its block, in a scope that holds its own."""
+    if layout.scope is None or layout.scope_end is None:
+        return far_mma(layout)
+    far = far_causal(layout)
+    for modality in layout.modality.unique().tolist():
+        if modality == TEXT:
+            continue
+        media = layout.modality == modality
+        for scope in layout.scope[media].unique().tolist():
+            holds = (layout.scope <= scope) & (scope <= layout.scope_end)
+            others = last_in_group(layout, layout.prompt_block, ~media & holds)
+            far = torch.where(media & (layout.scope == scope), torch.maximum(far, others), far)
     return far
 
 
@@ -83,6 +108,7 @@ class Rule:
 RULES = {
     "causal": Rule("causal", causal, far_causal),
     "mma": Rule("mma", mma, far_mma),
+    "mma_scoped": Rule("mma_scoped", mma_scoped, far_mma_scoped),
 }
 
 

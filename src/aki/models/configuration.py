@@ -39,6 +39,7 @@ class AkiConfig(PreTrainedConfig):
         text_config: any decoder-only language model that AutoModelForCausalLM builds.
         connector_config: see `AkiConnectorConfig`.
         image_token_id: the placeholder in input_ids, one for every embedding of an image.
+        scope_token_ids: the tokens that open and close a scope, for the rule `mma_scoped`.
         attention_rule: which token may see which, a name in `aki.attention.RULES`; read at each call.
         output_bias: whether the output layer has a bias, as the published checkpoint does.
     """
@@ -56,6 +57,7 @@ class AkiConfig(PreTrainedConfig):
     text_config: Any = None
     connector_config: Any = None
     image_token_id: int = 0
+    scope_token_ids: list[int] | None = None
     attention_rule: str = "mma"
     output_bias: bool = False
     initializer_range: float = 0.02

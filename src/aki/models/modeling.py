@@ -186,6 +186,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
             prompt_block_ids=prompt_block_ids,
             labels=labels,
             training=self.training,
+            scope_token_ids=self.config.scope_token_ids,
         )
 
     @can_return_tuple

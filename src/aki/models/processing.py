@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN
 from aki.models.images import open_image
 from aki.models.templates import ANSWER_TOKEN, IMAGE_TOKEN
+
+_SCOPE_PARTS = tuple({"type": "text", "text": token} for token in (SCOPE_TOKEN, END_SCOPE_TOKEN))
 
 
 class AkiProcessor(ProcessorMixin):
@@ -83,6 +87,7 @@ class AkiProcessor(ProcessorMixin):
             ImageError: an image that cannot be read.
         """
         conversation = _prepare(conversation)
+        self._check_scopes(conversation)
         if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             return super().apply_chat_template(conversation, *args, **kwargs)
         return_tensors = kwargs.pop("return_tensors", None)
@@ -96,6 +101,16 @@ class AkiProcessor(ProcessorMixin):
             self._prompt_blocks(*row) for row in zip(out["input_ids"], out["attention_mask"], answers, strict=True)
         ]
         return BatchFeature(dict(out), tensor_type=return_tensors)
+
+    def _check_scopes(self, conversation: list) -> None:
+        chats = conversation if isinstance(conversation[0], list) else [conversation]
+        scoped = any(part in _SCOPE_PARTS for chat in chats for message in chat for part in message["content"])
+        unknown = [t for t in (SCOPE_TOKEN, END_SCOPE_TOKEN) if _token_id(self.tokenizer, t) is None]
+        if scoped and unknown:
+            raise ValueError(
+                f"the chat has scopes, but the tokenizer does not know {' and '.join(unknown)}: add them as special "
+                "tokens, and set scope_token_ids in the model's configuration."
+            )
 
     @property
     def model_input_names(self) -> list[str]:
@@ -182,11 +197,26 @@ def _prepare_message(message: dict) -> dict:
     content = message.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    content = [_prepare_part(part) for part in content or []]
-    texts = [part.get("text", "") for part in content if part.get("type") == "text"]
+    content = [_prepare_part(part) for part in _without_scopes(content or [])]
+    texts = [part.get("text", "") for part in content if part.get("type") == "text" and part not in _SCOPE_PARTS]
     if message.get("role") == "user" and (not content or (texts and not any(text.strip() for text in texts))):
         raise ValueError("the question is empty: a user's message needs text.")
     return {**message, "content": content}
+
+
+def _without_scopes(parts: list[dict]) -> Iterator[dict]:
+    """Scopes, and tables as scopes of rows of cells, written out as tokens around what stands in them."""
+    for part in parts:
+        inside = part.get("content") or []
+        if part.get("type") == "table":
+            rows = [[{"type": "scope", "content": cell} for cell in row] for row in part["rows"]]
+            inside = [{"type": "scope", "content": row} for row in rows]
+        if part.get("type") in ("scope", "table"):
+            yield _SCOPE_PARTS[0]
+            yield from _without_scopes(inside)
+            yield _SCOPE_PARTS[1]
+        else:
+            yield part
 
 
 def _prepare_part(part: dict) -> dict:

@@ -1,0 +1,179 @@
+"""Where the answers are in a tokenised chat, learned from the chat template of any processor or tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from aki.layout import IGNORE_INDEX, number_runs
+
+_WORDS = ("alpha", "beta", "gamma", "delta")
+_BLANKS = "Ġ▁Ċ \n"
+
+
+@dataclass(frozen=True)
+class AnswerMarks:
+    """What a chat template writes around an answer, in the tokenizer's own alphabet.
+
+    Strings of tokens are searched instead of ids, because a text may be cut into tokens in several ways at its ends.
+
+    Attributes:
+        before: what stands between a question and its answer, for instance "<|im_end|>Ċ<|im_start|>assistantĊ".
+        after: what ends an answer or begins the next question.
+        kept: how many characters of `after` belong to the answer.
+    """
+
+    tokenizer: Any
+    before: str
+    after: str
+    kept: int
+
+    @classmethod
+    def of(cls, processor: Any) -> AnswerMarks:
+        """Render a small chat and look at what comes around its answers.
+
+        Args:
+            processor: a processor or tokenizer with a chat template.
+
+        Raises:
+            ValueError: it has no chat template, or one that marks no answers.
+        """
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if getattr(processor, "chat_template", None) is None:
+            raise ValueError(
+                f"{type(processor).__name__} has no chat template, which says where answers begin: set "
+                "`processor.chat_template`, or write prompt_block_ids (or labels of -100 on the prompt) yourself."
+            )
+        as_parts = isinstance(processor, ProcessorMixin)
+
+        def render(words: tuple[str, ...], **kwargs) -> str:
+            chat = [
+                {
+                    "role": ("user", "assistant")[i % 2],
+                    "content": [{"type": "text", "text": word}] if as_parts else word,
+                }
+                for i, word in enumerate(words)
+            ]
+            text = processor.apply_chat_template(chat, tokenize=False, **kwargs)
+            return _join(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])[0]
+
+        first_answer, question, answer = _WORDS[1:]
+        chat = render(_WORDS)
+        asked = render(_WORDS[:3], add_generation_prompt=True)
+        before = _common_start(_between(chat, question, answer), asked.rpartition(question)[2])
+        next_question, end = _between(chat, first_answer, question), chat.rpartition(answer)[2]
+        ending = _common_start(end, next_question)
+        if not before.strip(_BLANKS) or not next_question.strip(_BLANKS):
+            raise ValueError(
+                "the chat template writes nothing between a question and its answer by which the answer could be "
+                "found: write prompt_block_ids (or labels of -100 on the prompt) yourself."
+            )
+        after = ending if ending.strip(_BLANKS) else next_question
+        return cls(tokenizer, before, after, len(ending))
+
+    def blocks(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`prompt_block_ids` of shape (batch, length): 0, 1, ... for the prompts between answers, -1 elsewhere.
+
+        Args:
+            input_ids: (batch, length).
+            attention_mask: (batch, length), 0 is padding.
+        """
+        answers = torch.tensor([self._answers(row) for row in input_ids.tolist()], dtype=torch.bool)
+        prompt = ~answers.to(input_ids.device)
+        return number_runs(prompt if attention_mask is None else prompt & attention_mask.bool())
+
+    def _answers(self, ids: list[int]) -> list[bool]:
+        text, ends = _join(self.tokenizer, ids)
+        spans, found = [], text.find(self.before)
+        while found >= 0:
+            start = found + len(self.before)
+            after = text.find(self.after, start)
+            spans.append((start, len(text) if after < 0 else after + self.kept))
+            found = -1 if after < 0 else text.find(self.before, after)
+        starts = [0, *ends[:-1]]
+        return [any(b < stop and e > start for start, stop in spans) for b, e in zip(starts, ends, strict=True)]
+
+
+class PromptBlockWriter:
+    """A processor or collator whose batches also hold `prompt_block_ids`; in all else it is the one that it wraps.
+
+    Labels on prompts become -100, because what a rule opens must not be learned.
+    """
+
+    def __init__(self, wrapped: Any, processor: Any):
+        self.wrapped = wrapped
+        self.marks = AnswerMarks.of(processor)
+
+    def __call__(self, *args, **kwargs) -> Any:
+        return self._write(self.wrapped(*args, **kwargs))
+
+    def apply_chat_template(self, *args, **kwargs) -> Any:
+        return self._write(self.wrapped.apply_chat_template(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        # Unpickling, as in a data loader's workers, asks before there is anything to ask.
+        if name == "wrapped":
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
+
+    def _write(self, batch: Any) -> Any:
+        if not isinstance(batch, MutableMapping) or not isinstance(batch.get("input_ids"), Tensor):
+            return batch
+        ids, attention = batch["input_ids"], batch.get("attention_mask")
+        blocks = self.marks.blocks(ids, attention)
+        real = torch.ones_like(ids).bool() if attention is None else attention.bool()
+        labels = batch.get("labels")
+        if not bool(((blocks < 0) & real).any()):
+            if labels is not None:
+                raise ValueError(
+                    f"no answer was found in this batch: the chat template writes {self.marks.before!r} before an "
+                    "answer, which does not stand in input_ids. Was the chat cut off by max_length, or written by "
+                    "another template?"
+                )
+            # A prompt without answers is one block, which is what a rule takes it for.
+            return batch
+        batch["prompt_block_ids"] = blocks
+        if labels is not None:
+            batch["labels"] = labels.masked_fill(blocks >= 0, IGNORE_INDEX)
+        return batch
+
+
+def write_prompt_blocks(processor_or_collator: Any, processor: Any = None) -> PromptBlockWriter:
+    """Wrap a processor or a collator so that its batches say where the prompts are, and label answers only.
+
+    Args:
+        processor_or_collator: called as before; a collator such as TRL's that keeps its `processor` needs nothing else.
+        processor: the one with the chat template, where a collator doesn't say.
+
+    Raises:
+        ValueError: no processor, or none with a chat template.
+    """
+    if processor is None:
+        is_one = hasattr(processor_or_collator, "apply_chat_template")
+        processor = processor_or_collator if is_one else getattr(processor_or_collator, "processor", None)
+    if processor is None:
+        raise ValueError("this collator doesn't say what its processor is: write_prompt_blocks(collator, processor).")
+    return PromptBlockWriter(processor_or_collator, processor)
+
+
+def _join(tokenizer: Any, ids: list[int]) -> tuple[str, list[int]]:
+    """The tokens as one string, and where each ends in it."""
+    text, ends = "", []
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        text += token or ""
+        ends.append(len(text))
+    return text, ends
+
+
+def _between(text: str, left: str, right: str) -> str:
+    return text.rpartition(left)[2].partition(right)[0]
+
+
+def _common_start(left: str, right: str) -> str:
+    return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

@@ -1,0 +1,288 @@
+"""`unlock`: a visibility rule for any multimodal language model of transformers, through forward hooks alone.
+
+One hook describes the batch when the model is called, and keeps the description for that call; one lays the rule over
+the masks that the text decoder is given. Nothing of the model is replaced, and its weights are untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from aki.attention.dense import as_boolean, is_prepared, language_model_masks
+from aki.attention.families import media_token_ids, scope_token_ids, text_decoder, underlying_model
+from aki.attention.guard import NothingOpensError, check_no_leak
+from aki.attention.prompts import AnswerMarks
+from aki.attention.rules import Rule, get_rule
+from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN, SequenceLayout, build_layout
+
+logger = logging.getLogger(__name__)
+
+_STATE = "_aki_unlocked"
+_CONFIG_FIELD = "attention_rule"
+_MEDIA_INPUTS = ("pixel_values", "input_features", "image_pixel_values", "audio_input_features", "pixel_values_videos")
+
+
+class NothingOpensWarning(UserWarning):
+    """A batch with media on which an unlocked model trains exactly as a causal one."""
+
+
+def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> nn.Module:
+    """Lay a visibility rule over a model's own masks, from now on. `lock` takes it off again.
+
+    forward then also takes `prompt_block_ids` (batch, length), which `write_prompt_blocks` writes. Without them,
+    maximal runs of -100 in `labels` are the prompts; without labels, the stretches between answers where `processor` is
+    given, else the whole input. What was generated is never prompt. The rule's name goes into the configuration (and an
+    adapter's), so `unlock` needs no `rule` after `from_pretrained`.
+
+    Args:
+        model: what AutoModelForImageTextToText and its like return, or PEFT's wrapper of it.
+        processor: its processor, whose chat template says where answers are. Needed for generation from chats of
+            several turns, and for media tokens that the configuration doesn't name.
+        rule: a name in `aki.attention.RULES`. Absent: what the configuration says, else "mma".
+
+    Returns:
+        The model that was passed.
+
+    Raises:
+        CannotUnlock: no rule could be laid over this model, and why.
+        ValueError: no such rule, or one that needs what the processor doesn't have.
+    """
+    base = underlying_model(model)
+    decoder = text_decoder(base)
+    name = rule or _recorded_rule(model, base) or "mma"
+    marks = None if processor is None else AnswerMarks.of(processor)
+    scopes = scope_token_ids(processor)
+    if name == "mma_scoped" and scopes is None:
+        raise ValueError(
+            f"the rule 'mma_scoped' reads scopes from the tokens {SCOPE_TOKEN} and {END_SCOPE_TOKEN}: add them to the "
+            "tokenizer as special tokens, and pass unlock the processor."
+        )
+    state = _Unlocked(get_rule(name), media_token_ids(base.config, processor), decoder, marks, scopes)
+    lock(model)
+    state.attach(base)
+    setattr(base, _STATE, state)
+    _record_rule(model, base, name)
+    _say_what_is_joined(base, name)
+    return model
+
+
+def lock(model: nn.Module) -> nn.Module:
+    """Take the rule off: the model is again what it was, bit for bit. One that was never unlocked stays as it is."""
+    base = underlying_model(model)
+    state = getattr(base, _STATE, None)
+    if state is not None:
+        state.detach()
+        delattr(base, _STATE)
+        _record_rule(model, base, None)
+    return model
+
+
+class _Unlocked:
+    """The hooks of one model, and what they know during a call."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        media_token_ids: dict[int, int],
+        decoder: nn.Module,
+        marks: AnswerMarks | None,
+        scope_token_ids: list[int] | None,
+    ):
+        self.rule, self.media_token_ids, self.decoder = rule, media_token_ids, decoder
+        self.marks, self.scope_token_ids = marks, scope_token_ids
+        self.handles: list[Any] = []
+        self.layout: SequenceLayout | None = None
+        self.called: nn.Module | None = None
+        self.growing = _GrowingPrompt()
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Whichever of the model and the model inside it is called first describes the call."""
+        for module in {id(m): m for m in (model, model.base_model)}.values():
+            self.handles.append(module.register_forward_pre_hook(self.before_model, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self.after_model, always_call=True))
+        self.handles.append(self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        blocks = kwargs.get("prompt_block_ids")
+        kwargs = {name: value for name, value in kwargs.items() if name != "prompt_block_ids"}
+        if self.called is None:
+            self.called = module
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            self.layout = self.describe(module, {**dict(zip(names, args, strict=False)), **kwargs}, blocks)
+        return args, kwargs
+
+    def after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if module is self.called:
+            self.called = self.layout = None
+
+    def describe(self, module: nn.Module, inputs: dict[str, Any], blocks: Tensor | None) -> SequenceLayout | None:
+        """The layout of a call; None where there is no media in it, so that the model's own masks stand."""
+        ids = inputs.get("input_ids")
+        if ids is None:
+            if any(inputs.get(name) is not None for name in _MEDIA_INPUTS):
+                raise ValueError("an unlocked model needs input_ids, whose placeholders say where the media are.")
+            return None
+        if ids.shape[1] == 1 or not self.has_media(ids):
+            return None
+        labels, cache = inputs.get("labels"), inputs.get("past_key_values")
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        attention_mask = _padding(inputs.get("attention_mask"), ids.shape[1], seen)
+        if blocks is None and labels is None:
+            if self.marks is not None:
+                blocks = self.marks.blocks(ids, attention_mask)
+            elif not module.training:
+                blocks = self.growing.blocks(ids, inputs.get("use_cache") is False)
+        layout = build_layout(
+            ids,
+            self.media_token_ids,
+            None,
+            attention_mask=attention_mask,
+            position_ids=_text_positions(inputs.get("position_ids")) if seen == 0 else None,
+            prompt_block_ids=blocks,
+            labels=labels,
+            training=module.training,
+            scope_token_ids=self.scope_token_ids,
+        )
+        if labels is not None and module.training:
+            self.guard(layout, labels)
+        return layout
+
+    def has_media(self, ids: Tensor) -> bool:
+        return bool(torch.isin(ids, torch.tensor(list(self.media_token_ids.values()), device=ids.device)).any())
+
+    def guard(self, layout: SequenceLayout, labels: Tensor) -> None:
+        try:
+            check_no_leak(self.rule, layout, labels)
+        except NothingOpensError as nothing:
+            warnings.warn(
+                f"THE MODEL TRAINS WITH CAUSAL ATTENTION, although it is unlocked: {nothing} A collator that labels "
+                "whole chats, as TRL's does by default, is mended by one line: "
+                "trainer.data_collator = aki.write_prompt_blocks(trainer.data_collator)",
+                NothingOpensWarning,
+                stacklevel=2,
+            )
+
+    def before_decoder(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if self.layout is None:
+            return args, kwargs
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            ids = kwargs["input_ids"]
+            embeds = torch.empty(*ids.shape, 0, dtype=module.dtype, device=ids.device)
+        if embeds.shape[:2] != self.layout.shape:
+            raise ValueError(
+                f"the decoder got {tuple(embeds.shape[:2])} tokens where input_ids had {tuple(self.layout.shape)}: a "
+                "rule needs one placeholder for every embedding."
+            )
+        kwargs["attention_mask"] = language_model_masks(
+            self.rule,
+            self.layout.to(embeds.device),
+            module.config,
+            embeds,
+            kwargs.get("attention_mask"),
+            kwargs.get("past_key_values"),
+            _text_positions(kwargs.get("position_ids")),
+        )
+        return args, kwargs
+
+
+class _GrowingPrompt:
+    """Where nothing says what is prompt, all of the input is, but for what `generate` has added to it without a cache.
+
+    Such a call has the prompt of the one before, and one token more than that call.
+    """
+
+    def __init__(self) -> None:
+        self.prompt: Tensor | None = None
+        self.length = 0
+
+    def blocks(self, ids: Tensor, uncached: bool) -> Tensor:
+        """(batch, length): 0 for the prompt, -1 for what was added."""
+        grown = uncached and self.prompt is not None and self._continues(ids, self.prompt)
+        if not grown:
+            self.prompt = ids if uncached else None
+        self.length = ids.shape[1]
+        added = ids.shape[1] - self.prompt.shape[1] if grown and self.prompt is not None else 0
+        return nn.functional.pad(torch.zeros_like(ids[:, added:]), (0, added), value=-1)
+
+    def _continues(self, ids: Tensor, prompt: Tensor) -> bool:
+        same_shape = ids.shape[0] == prompt.shape[0] and ids.shape[1] == self.length + 1
+        return same_shape and torch.equal(ids[:, : prompt.shape[1]], prompt)
+
+
+def _padding(attention_mask: Any, length: int, seen: int) -> Tensor | None:
+    """(batch, length), 0 for padding, of this call's tokens. In a prepared mask, padding is what nobody sees."""
+    if not is_prepared(attention_mask):
+        return None if attention_mask is None else attention_mask[:, -length:]
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
+    mask = as_boolean(attention_mask)
+    if mask is None:
+        return None
+    visible = mask[:, 0].any(1)[:, seen : seen + length]
+    return visible.long() if visible.shape[1] == length else None
+
+
+def _text_positions(position_ids: Tensor | None) -> Tensor | None:
+    """(batch, length). Of multimodal rotary positions, (4, batch, length), the first are those of the text."""
+    if position_ids is None or position_ids.ndim == 2:
+        return position_ids
+    return position_ids[0] if position_ids.shape[0] == 4 else None
+
+
+def _recorded_rule(model: nn.Module, base: PreTrainedModel) -> str | None:
+    mappings = [adapter.auto_mapping or {} for adapter in _adapters(model)]
+    return next((m[_CONFIG_FIELD] for m in mappings if _CONFIG_FIELD in m), getattr(base.config, _CONFIG_FIELD, None))
+
+
+def _record_rule(model: nn.Module, base: PreTrainedModel, name: str | None) -> None:
+    """An adapter's configuration has one field that takes what PEFT doesn't know: `auto_mapping`."""
+    if name is not None:
+        setattr(base.config, _CONFIG_FIELD, name)
+    elif hasattr(base.config, _CONFIG_FIELD):
+        delattr(base.config, _CONFIG_FIELD)
+    for adapter in _adapters(model):
+        others = {key: value for key, value in (adapter.auto_mapping or {}).items() if key != _CONFIG_FIELD}
+        adapter.auto_mapping = (others | ({_CONFIG_FIELD: name} if name is not None else {})) or None
+        if name is not None and adapter.task_type is None:
+            logger.warning(
+                "PEFT writes its own auto_mapping over the rule %r when it saves an adapter without a task_type: give "
+                "the LoraConfig task_type='CAUSAL_LM', or pass unlock the rule after loading.",
+                name,
+            )
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    return [adapter for adapter in getattr(model, "peft_config", {}).values() if hasattr(adapter, "auto_mapping")]
+
+
+def _say_what_is_joined(model: PreTrainedModel, rule: str) -> None:
+    """Some models see more, or less, than plain causal attention: say what becomes of that."""
+    text_config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    windowed = kinds - {"full_attention"} or (not kinds and getattr(text_config, "sliding_window", None))
+    if windowed:
+        logger.warning(
+            "%s has layers with a window: they keep it, and what the rule %r opens is seen beyond it (the union).",
+            type(model).__name__,
+            rule,
+        )
+    # A model that makes masks of its own has to tell `generate` how.
+    if "create_masks_for_generate" in vars(type(model)):
+        logger.warning(
+            "%s has masks of its own, in which media may see each other both ways: it keeps them, and the rule %r adds "
+            "to them (the union).",
+            type(model).__name__,
+            rule,
+        )

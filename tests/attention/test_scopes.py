@@ -1,0 +1,186 @@
+"""Hierarchical inputs: the scopes that a row's tokens open and close, and `mma_scoped` over them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+from unlock_families import llava
+
+import aki
+from aki import AkiConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.attention import check_no_leak, dense_mask, get_rule, reach
+from aki.attention.guard import LeakError
+from aki.data.tokenizer import train_tokenizer
+from aki.layout import IMAGE, VIDEO, build_layout
+from aki.models.templates import SHORT
+
+OPEN, CLOSE, PICTURE, CLIP = 1, 2, 3, 4
+SCOPED, MMA = get_rule("mma_scoped"), get_rule("mma")
+
+
+def layout_of(rows: list[list[int]], scoped: bool = True, **kwargs):
+    ids = torch.tensor(rows)
+    scopes = (OPEN, CLOSE) if scoped else None
+    return build_layout(ids, {IMAGE: PICTURE, VIDEO: CLIP}, None, scope_token_ids=scopes, **kwargs)
+
+
+def paths(row: list[int]) -> list[tuple[int, ...]]:
+    """For each token the scopes that it stands in, outermost first: a parser with a stack."""
+    stack: list[int] = []
+    found, opened = [], 0
+    for token in row:
+        if token == OPEN:
+            opened += 1
+            stack.append(opened)
+        found.append(tuple(stack))
+        if token == CLOSE and stack:
+            stack.pop()
+    return found
+
+
+def oracle(row: list[int], blocks: list[int]) -> list[list[bool]]:
+    path, media = paths(row), {PICTURE, CLIP}
+
+    def sees(q: int, k: int) -> bool:
+        if k <= q:
+            return True
+        other = row[k] != row[q] if row[k] in media else True
+        above = path[q][: len(path[k])] == path[k]
+        return row[q] in media and other and blocks[q] == blocks[k] != -1 and above
+
+    return [[sees(q, k) for k in range(len(row))] for q in range(len(row))]
+
+
+rows = st.integers(1, 24).flatmap(
+    lambda length: st.lists(
+        st.tuples(
+            st.lists(st.sampled_from([OPEN, CLOSE, PICTURE, CLIP, 9, 9]), min_size=length, max_size=length),
+            st.lists(st.sampled_from([0, 0, 0, 1, -1]), min_size=length, max_size=length).map(sorted),
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+
+
+@given(rows)
+def test_scopes_are_those_of_a_parser(drawn):
+    layout = layout_of([row for row, _ in drawn])
+    for (row, _), scope, end in zip(drawn, layout.scope.tolist(), layout.scope_end.tolist(), strict=True):
+        found = paths(row)
+        assert scope == [path[-1] if path else 0 for path in found]
+        for i, path in enumerate(found):
+            within = [p[-1] for p in found if p and (not path or p[: len(path)] == path)]
+            assert end[i] == max(within, default=0)
+
+
+@given(rows)
+def test_mask_equals_the_oracles(drawn):
+    blocks = torch.tensor([b for _, b in drawn])
+    layout = layout_of([row for row, _ in drawn], prompt_block_ids=blocks)
+    wanted = torch.tensor([oracle(row, b) for row, b in drawn])
+    assert torch.equal(dense_mask(SCOPED, layout), wanted)
+
+
+@given(rows)
+def test_far_is_the_last_that_the_mask_shows(drawn):
+    blocks = torch.tensor([b for _, b in drawn])
+    layout = layout_of([row for row, _ in drawn], prompt_block_ids=blocks)
+    mask = dense_mask(SCOPED, layout)
+    position = torch.arange(mask.shape[-1])
+    last = torch.where(mask, position, -1).amax(-1)
+    assert torch.equal(SCOPED.far(layout), last)
+    assert torch.equal(reach(SCOPED, layout), last.cummax(1).values)
+
+
+@given(rows)
+def test_one_scope_is_mma(drawn):
+    blocks = torch.tensor([b for _, b in drawn])
+    plain = [[9 if token in (OPEN, CLOSE) else token for token in row] for row, _ in drawn]
+    for layout in (layout_of(plain, prompt_block_ids=blocks), layout_of(plain, False, prompt_block_ids=blocks)):
+        assert torch.equal(dense_mask(SCOPED, layout), dense_mask(MMA, layout))
+        assert torch.equal(SCOPED.far(layout), MMA.far(layout))
+    wrapped = [[OPEN, *row, CLOSE] for row in plain]
+    around = torch.nn.functional.pad(blocks, (1, 1), mode="replicate")
+    layout = layout_of(wrapped, prompt_block_ids=around)
+    assert torch.equal(dense_mask(SCOPED, layout), dense_mask(MMA, layout))
+
+
+def test_a_figure_sees_its_caption_and_the_question_and_no_other_caption():
+    #       [  image     caption ]    [   image     caption ]     question
+    row = [OPEN, PICTURE, 10, CLOSE, OPEN, PICTURE, 11, CLOSE, 12, 13]
+    mask = dense_mask(SCOPED, layout_of([row]))[0]
+    assert mask[1].tolist() == [True, True, True, True, False, False, False, False, True, True]
+    assert mask[5].tolist() == [True] * 10
+
+
+@pytest.fixture
+def processor():
+    tokenizer = train_tokenizer(["a red digit on the left", "what is it?"] * 5, vocab_size=300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|scope|>", "<|/scope|>"]})
+    images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+    return AkiProcessor(images, tokenizer, image_seq_length=2, chat_template=SHORT)
+
+
+def figure(caption: str) -> dict:
+    picture = {"type": "image", "image": Image.new("RGB", (16, 16))}
+    return {"type": "scope", "content": [picture, {"type": "text", "text": caption}]}
+
+
+def test_a_document_with_figures_through_model_and_processor(processor):
+    content = [figure("a red digit"), figure("on the left"), {"type": "text", "text": "what is it?"}]
+    chat = [{"role": "user", "content": content}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = processor.apply_chat_template(chat, **options)
+    ids = inputs["input_ids"]
+    opened, closed = (processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|scope|>", "<|/scope|>"))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AkiConfig(
+        vision_config={"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8, **sizes},
+        text_config={"model_type": "llama", "vocab_size": len(processor.tokenizer), **sizes},
+        connector_config={"connector": "perceiver_resampler", "num_latents": 2, "depth": 1},
+        image_token_id=processor.image_token_id,
+        scope_token_ids=[opened, closed],
+        attention_rule="mma_scoped",
+    )
+    model = AkiForConditionalGeneration(config).eval()
+    mask = dense_mask(SCOPED, model.layout(ids, prompt_block_ids=inputs["prompt_block_ids"]))[0]
+    first_end, second_start = (ids[0] == closed).nonzero()[0], (ids[0] == opened).nonzero()[1]
+    second_end = (ids[0] == closed).nonzero()[1]
+    picture = int((ids[0] == processor.image_token_id).nonzero()[0])
+    seen = mask[picture]
+    assert seen[picture + 2 : first_end + 1].all(), "its own caption"
+    assert not seen[second_start : second_end + 1].any(), "not the other figure's"
+    assert seen[second_end + 1 :].all(), "the question"
+    with torch.no_grad():
+        scoped = model(**inputs).logits
+        assert not torch.allclose(scoped, model(**inputs, attention_rule="mma").logits, atol=1e-4)
+
+
+def test_a_table_is_a_scope_of_rows_of_cells(processor):
+    cells = [[[{"type": "text", "text": word}] for word in row] for row in (("a", "red"), ("digit", "on"))]
+    text = processor.apply_chat_template([{"role": "user", "content": [{"type": "table", "rows": cells}]}])
+    marks = text.replace("<|scope|>", "[").replace("<|/scope|>", "]").removeprefix("<|user|>")
+    assert marks == "[[[a][red]][[digit][on]]]"
+
+
+def test_scopes_that_the_tokenizer_does_not_know_are_an_error(processor):
+    processor.tokenizer = train_tokenizer(["what is it?"] * 5, vocab_size=300)
+    with pytest.raises(ValueError, match="add them as special tokens"):
+        processor.apply_chat_template([{"role": "user", "content": [figure("a red digit")]}])
+
+
+def test_unlock_reads_the_scopes_from_the_processor():
+    family = llava()
+    with pytest.raises(ValueError, match="mma_scoped"):
+        aki.unlock(family.model, rule="mma_scoped")
+
+
+def test_a_leak_through_a_scope_is_found():
+    row = [OPEN, PICTURE, 10, CLOSE, 12, 13]
+    labels = torch.tensor([[-100, -100, 10, 2, -100, -100]])
+    layout = layout_of([row], prompt_block_ids=torch.zeros(1, 6, dtype=torch.long))
+    with pytest.raises(LeakError, match="mma_scoped"):
+        check_no_leak(SCOPED, layout, labels)
