@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,7 +23,8 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from aki.attention import get_rule, language_model_masks
+from aki.attention import get_rule, prepare_attention
+from aki.attention.backends import takes_prepared
 from aki.layout import IGNORE_INDEX, IMAGE, SequenceLayout, build_layout
 from aki.models.configuration import AkiConfig
 from aki.models.connectors import PerceiverResampler, build_connector
@@ -241,17 +243,21 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
             position_ids = (padding.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
 
         rule = get_rule(attention_rule or self.config.attention_rule)
-        masks: Tensor | dict[str, Tensor] | None = attention_mask
+        masks: Tensor | BlockMask | dict | None = attention_mask
         prepared = masks is not None and padding is None
-        if rule.name != "causal" and input_ids is not None and image_embeds is not None and not prepared:
+        opens_ahead = rule.name != "causal" and image_embeds is not None
+        without_mask = takes_prepared(self.config.text_config, past_key_values)
+        if input_ids is not None and (opens_ahead or without_mask) and not prepared:
+            # Prompt blocks only matter where something can be opened.
+            nowhere = None if opens_ahead else torch.full_like(input_ids, -1)
             layout = self.layout(
                 input_ids,
                 attention_mask=None if padding is None else padding[:, -length:],
                 position_ids=position_ids if past_key_values is None else None,
-                prompt_block_ids=prompt_block_ids,
+                prompt_block_ids=prompt_block_ids if nowhere is None else nowhere,
                 labels=labels,
             )
-            masks = language_model_masks(
+            masks = prepare_attention(
                 rule, layout, self.config.text_config, inputs_embeds, padding, past_key_values, position_ids
             )
 

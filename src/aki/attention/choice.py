@@ -1,0 +1,106 @@
+"""Which backend computes a batch, and why."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from aki.attention.rectangles import Part
+from aki.attention.rules import Rule
+
+BACKENDS = ("merged", "flex", "auto")
+"""Names for `attn_implementation`, beside transformers' own `sdpa` and `eager`, which take a dense mask."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """
+    Attributes:
+        backend: `merged`, `flex` or `dense`.
+    """
+
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} attention: {self.reason}"
+
+
+@cache
+def announce(choice: Choice) -> None:
+    """Log a choice, the first time it is made, at level INFO of the logger `aki.attention.choice`."""
+    logger.info("%s", choice)
+
+
+def choose(
+    requested: str,
+    rule: Rule,
+    shape: tuple[int, int],
+    parts: list[Part] | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+) -> Choice:
+    """The backend for a batch without cached tokens.
+
+    Args:
+        requested: `merged`, `flex` or `auto`.
+        shape: (batch, length).
+        parts: the calls that merged attention would make; None where the rule is not causal plus rectangles.
+    """
+    if requested == "flex":
+        return Choice("flex", "it was asked for")
+    if parts is None:
+        if device.type == "cuda":
+            return Choice("flex", f"the rule {rule.name!r} is not causal plus rectangles, and CUDA has FlexAttention")
+        return Choice("dense", f"the rule {rule.name!r} is not causal plus rectangles")
+    if requested == "merged":
+        return Choice("merged", "it was asked for")
+    if len(parts) == 1 and parts[0] == (0, shape[0], 0, shape[1], 0, shape[1], 1):
+        return Choice("dense", "the batch is plainly causal, which needs no mask")
+    if device.type == "cuda":
+        if shape[1] >= _CUDA_LENGTH:
+            return Choice("merged", f"the batch is {_CUDA_LENGTH} tokens long or longer")
+        return Choice("dense", f"the batch is shorter than {_CUDA_LENGTH} tokens")
+    merged, dense = merged_cost(parts, heads, dtype), dense_cost(shape, heads)
+    compared = f"{merged / dense:.2f} times the dense mask's time expected, for {shape[0]} x {shape[1]} tokens"
+    return Choice("merged" if merged < _MARGIN * dense else "dense", compared)
+
+
+_CUDA_LENGTH = 1024
+"""Not measured: it waits for a GPU run."""
+
+_MARGIN = 0.97
+"""Expectations are rough; where they are close, the dense path is the one with fewer surprises."""
+
+_KEY_BLOCK = 512
+"""Keys that aten's CPU kernel takes at a time; a causal call skips whole blocks only."""
+
+_CALL = 20_000
+"""What a call costs beside its pairs, in pairs of one head: measured by `benchmarks/attention.py --crossover`."""
+
+_EXTRA_KEYS = {torch.bfloat16: 128, torch.float16: 128}
+"""What a query costs beside its keys, in keys; half precision is converted block by block. Measured likewise."""
+
+
+def merged_cost(parts: list[Part], heads: int, dtype: torch.dtype) -> float:
+    """Expected time of merged attention on a CPU, in pairs of one head of a dense mask."""
+    total = 0.0
+    for part in parts:
+        rows = part.stop_row - part.first_row
+        queries, keys = part.stop_query - part.first_query, part.stop_key - part.first_key
+        skipped = max(0, keys - _KEY_BLOCK) * keys / 2 if part.is_causal else 0
+        total += rows * heads * (queries * (keys + _EXTRA_KEYS.get(dtype, 0)) - skipped) + _CALL
+    return total
+
+
+def dense_cost(shape: tuple[int, int], heads: int) -> float:
+    """Expected time of a dense mask on a CPU: every pair, allowed or not."""
+    batch, length = shape
+    return float(batch * heads * length * length)
