@@ -8,7 +8,8 @@ from functools import cache
 
 import torch
 
-from aki.attention.rectangles import Part
+from aki.attention.kernels import CPU_FLASH
+from aki.attention.rectangles import Part, squares_and_rectangles
 from aki.attention.rules import Rule
 
 BACKENDS = ("merged", "flex", "auto")
@@ -79,24 +80,26 @@ _CUDA_LENGTH = 1024
 _MARGIN = 0.97
 """Expectations are rough; where they are close, the dense path is the one with fewer surprises."""
 
-_KEY_BLOCK = 512
-"""Keys that aten's CPU kernel takes at a time; a causal call skips whole blocks only."""
-
-_CALL = 20_000
-"""What a call costs beside its pairs, in pairs of one head: measured by `benchmarks/attention.py --crossover`."""
+_CALL = 15_000
+"""What a call costs on a CPU beside its pairs, in pairs of one head (two threads, heads of 64): 0.1 to 0.2 ms."""
 
 _EXTRA_KEYS = {torch.bfloat16: 128, torch.float16: 128}
-"""What a query costs beside its keys, in keys; half precision is converted block by block. Measured likewise."""
+"""What a query of a rectangle costs beside its keys, in keys: half precision is converted tile by tile."""
 
 
 def merged_cost(parts: list[Part], heads: int, dtype: torch.dtype) -> float:
     """Expected time of merged attention on a CPU, in pairs of one head of a dense mask."""
+    tile = CPU_FLASH.masked_length
+    squares, rectangles = squares_and_rectangles(parts, tile)
     total = 0.0
-    for part in parts:
-        rows = part.stop_row - part.first_row
-        queries, keys = part.stop_query - part.first_query, part.stop_key - part.first_key
-        skipped = max(0, keys - _KEY_BLOCK) * keys / 2 if part.is_causal else 0
-        total += rows * heads * (queries * (keys + _EXTRA_KEYS.get(dtype, 0)) - skipped) + _CALL
+    for square, _ in squares:
+        length = square.stop_query - square.first_query
+        # Whole tiles ahead of the diagonal are skipped.
+        pairs = length * length - max(0, length - tile) * length / 2
+        total += (square.stop_row - square.first_row) * heads * pairs + _CALL
+    for part in rectangles:
+        keys = part.stop_key - part.first_key + _EXTRA_KEYS.get(dtype, 0)
+        total += (part.stop_row - part.first_row) * heads * (part.stop_query - part.first_query) * keys + _CALL
     return total
 
 

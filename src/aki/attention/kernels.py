@@ -14,21 +14,26 @@ import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+Shape = bool | Tensor
+"""Which pairs a call computes: True is the causal ones of a square, False is all, a tensor is added to the scores."""
 
 
 @dataclass(frozen=True)
 class Kernel:
     """
     Attributes:
-        forward: (query, key, value, is_causal, scale) -> (output, log-sum-exp).
-        backward: (grad_output, query, key, value, output, log-sum-exp, is_causal, scale) -> gradients of the three.
         reason: why it is the one for these tensors.
+        forward: (query, key, value, shape, scale) -> (output, log-sum-exp).
+        backward: (grad_output, query, key, value, output, log-sum-exp, shape, scale) -> gradients of the three.
+        masked_length: up to how many tokens a square with an additive mask costs no more than a causal one; 0 where the
+            kernel takes no masks.
     """
 
     name: str
     reason: str
-    forward: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], Gradients]
+    forward: Callable[[Tensor, Tensor, Tensor, Shape, float], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Shape, float], Gradients]
+    masked_length: int = 0
 
 
 def choose_kernel(query: Tensor) -> Kernel:
@@ -48,19 +53,23 @@ def choose_kernel(query: Tensor) -> Kernel:
     )
 
 
-def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
-
-
-def _cpu_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> Gradients:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, lse, 0.0, is_causal, scale=scale
+def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, shape: Shape, scale: float) -> tuple[Tensor, Tensor]:
+    mask = shape if isinstance(shape, Tensor) else None
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, shape is True, attn_mask=mask, scale=scale
     )
 
 
-def _flash_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _cpu_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, shape: Shape, scale: float
+) -> Gradients:
+    mask = shape if isinstance(shape, Tensor) else None
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, lse, 0.0, shape is True, attn_mask=mask, scale=scale
+    )
+
+
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, shape: Shape, scale: float) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *(_tokens_first(x) for x in (query, key, value)),
         None,
@@ -68,7 +77,7 @@ def _flash_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, s
         query.shape[2],
         key.shape[2],
         0.0,
-        is_causal,
+        shape is True,
         False,
         scale=scale,
     )
@@ -76,7 +85,7 @@ def _flash_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, s
 
 
 def _flash_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, shape: Shape, scale: float
 ) -> Gradients:
     # Only dropout reads the random state.
     unused = torch.empty(0, dtype=torch.uint64, device=query.device)
@@ -88,7 +97,7 @@ def _flash_backward(
         query.shape[2],
         key.shape[2],
         0.0,
-        is_causal,
+        shape is True,
         unused,
         unused,
         scale=scale,
@@ -97,19 +106,17 @@ def _flash_backward(
     return query_gradient, key_gradient, value_gradient
 
 
-def _efficient_forward(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, shape: Shape, scale: float) -> tuple[Tensor, Tensor]:
     key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, None, True, 0.0, is_causal, scale=scale
+        query, key, value, None, True, 0.0, shape is True, scale=scale
     )
     # The kernel pads the queries of the log-sum-exp to a multiple of its tile.
     return out, lse[..., : query.shape[2]]
 
 
 def _efficient_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, shape: Shape, scale: float
 ) -> Gradients:
     groups = key.shape[1]
     repeated_key, repeated_value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
@@ -128,7 +135,7 @@ def _efficient_backward(
         unused,
         0.0,
         [True, True, True, False],
-        is_causal,
+        shape is True,
         scale=scale,
     )
     key_gradient, value_gradient = (x.unflatten(1, (groups, -1)).sum(2) for x in (key_gradient, value_gradient))
@@ -147,7 +154,12 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 
 CPU_FLASH = Kernel(
-    "aten flash, CPU", "the only fused kernel of the CPU that returns its log-sum-exp", _cpu_forward, _cpu_backward
+    "aten flash, CPU",
+    "the only fused kernel of the CPU that returns its log-sum-exp",
+    _cpu_forward,
+    _cpu_backward,
+    # It takes keys in blocks of 512 and skips whole blocks only.
+    masked_length=512,
 )
 CUDA_FLASH = Kernel(
     "aten flash, CUDA",

@@ -12,13 +12,14 @@ gives each part's share, and the shares add up.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from aki.attention.kernels import Kernel, choose_kernel
-from aki.attention.rectangles import Part, decode_plan
+from aki.attention.kernels import Kernel, Shape, choose_kernel
+from aki.attention.rectangles import Part, decode_plan, squares_and_rectangles
 
 
 def merged_attention(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float) -> Tensor:
@@ -47,41 +48,39 @@ def merged_attention(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, sc
 @torch.library.custom_op("aki::merged_attention", mutates_args=())
 def _merged(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     query, key, value = (_rows_contiguous(x) for x in (query, key, value))
-    kernel, parts = choose_kernel(query), decode_plan(plan)
-    if parts and _covers(parts[0], query, key):
-        out, lse = (_tokens_first(x) for x in kernel.forward(query, key, value, True, scale))
-        parts = parts[1:]
+    kernel = choose_kernel(query)
+    squares, rectangles = _calls(decode_plan(plan), kernel, query)
+    if squares and _covers(squares[0][0], query, key):
+        out, lse = (_tokens_first(x) for x in kernel.forward(query, key, value, squares[0][1], scale))
     else:
         out, lse = _empty_result(query)
         out.zero_()
-        lse.fill_(-torch.inf)
-    for is_causal, calls in groupby(parts, key=lambda part: part.is_causal):
-        for _, same_queries in groupby(calls, key=_queries_of):
-            _add_parts(kernel, query, key, value, list(same_queries), bool(is_causal), scale, out, lse)
+        for part, shape in squares:
+            part_out, part_lse = kernel.forward(
+                _queries(query, part), _keys(key, part), _keys(value, part), shape, scale
+            )
+            _queries(out, part).copy_(part_out)
+            _queries(lse, part).copy_(part_lse)
+    for _, same_queries in groupby(rectangles, key=_queries_of):
+        _merge(kernel, query, key, value, list(same_queries), scale, out, lse)
     return out, lse
 
 
-def _add_parts(
+def _merge(
     kernel: Kernel,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     parts: list[Part],
-    is_causal: bool,
     scale: float,
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Compute parts that have their queries in common, and merge them into (out, lse)."""
-    queries = _queries(query, parts[0])
-    computed = [kernel.forward(queries, _keys(key, p), _keys(value, p), is_causal, scale) for p in parts]
-    if is_causal:
-        _queries(out, parts[0]).copy_(computed[0][0])
-        _queries(lse, parts[0]).copy_(computed[0][1])
-        return
+    """Merge rectangles that have their queries in common into (out, lse)."""
     held, held_lse = _queries(out, parts[0]), _queries(lse, parts[0])
-    merged = held if held.dtype == held_lse.dtype else held.to(held_lse.dtype)
-    for more, more_lse in computed:
+    merged = held.to(held_lse.dtype)
+    for part in parts:
+        more, more_lse = kernel.forward(_queries(query, part), _keys(key, part), _keys(value, part), False, scale)
         merged.lerp_(more.to(merged.dtype), torch.sigmoid(more_lse - held_lse)[..., None])
         held_lse.copy_(torch.logaddexp(held_lse, more_lse))
     if merged is not held:
@@ -98,17 +97,19 @@ def _merged_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, plan: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, query, key, value = (_rows_contiguous(x) for x in (grad, query, key, value))
-    kernel, parts = choose_kernel(query), decode_plan(plan)
-    if parts and _covers(parts[0], query, key):
-        shares = kernel.backward(grad, query, key, value, out, lse, True, scale)
+    kernel = choose_kernel(query)
+    squares, rectangles = _calls(decode_plan(plan), kernel, query)
+    calls = squares + [(part, False) for part in rectangles]
+    if squares and _covers(squares[0][0], query, key):
+        shares = kernel.backward(grad, query, key, value, out, lse, squares[0][1], scale)
         query_gradient, key_gradient, value_gradient = (_tokens_first(x) for x in shares)
-        parts = parts[1:]
+        calls = calls[1:]
     else:
         query_gradient, key_gradient, value_gradient = (_tokens_first_like(x).zero_() for x in (query, key, value))
-    for part in parts:
+    for part, shape in calls:
         shares = kernel.backward(
             *(_queries(grad, part), _queries(query, part), _keys(key, part), _keys(value, part)),
-            *(_queries(out, part), _queries(lse, part), bool(part.is_causal), scale),
+            *(_queries(out, part), _queries(lse, part), shape, scale),
         )
         _queries(query_gradient, part).add_(shares[0])
         _keys(key_gradient, part).add_(shares[1])
@@ -157,10 +158,33 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _calls(parts: list[Part], kernel: Kernel, query: Tensor) -> tuple[list[tuple[Part, Shape]], list[Part]]:
+    """The causal squares with how to compute them, and the rectangles that are left."""
+    squares, rectangles = squares_and_rectangles(parts, kernel.masked_length)
+    return [(square, _square_mask(square, own, query) if own else True) for square, own in squares], rectangles
+
+
+def _square_mask(square: Part, rectangles: list[Part], query: Tensor) -> Tensor:
+    """(length, length) of the square: 0 where its tokens are seen, -inf elsewhere."""
+    start = square.first_query
+    spans = tuple(tuple(edge - start for edge in part[2:6]) for part in rectangles)
+    return _mask_of(square.stop_query - start, spans, query.dtype, query.device)
+
+
+@lru_cache(maxsize=64)
+def _mask_of(length: int, spans: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept for the layers to come, which compute the same batch."""
+    with torch.inference_mode(False):
+        mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu_(1)
+        for first_query, stop_query, first_key, stop_key in spans:
+            mask[first_query:stop_query, first_key:stop_key] = 0
+    return mask
+
+
 def _covers(part: Part, query: Tensor, key: Tensor) -> bool:
-    """Whether one causal call is the whole of the batch."""
+    """Whether one square is the whole of the batch."""
     length = query.shape[2]
-    return bool(part.is_causal) and part[:4] == (0, query.shape[0], 0, length) and key.shape[2] == length
+    return part[:4] == (0, query.shape[0], 0, length) and key.shape[2] == length
 
 
 def _queries_of(part: Part) -> tuple[int, ...]:

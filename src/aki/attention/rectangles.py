@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -46,10 +46,7 @@ def runs(layout: SequenceLayout) -> list[Run]:
     starts = torch.ones(kinds.shape[:2], dtype=torch.bool)
     starts[:, 1:] = (kinds[:, 1:] != kinds[:, :-1]).any(-1)
     begins = starts.nonzero().tolist()
-    ends = [
-        start if row == before else kinds.shape[1]
-        for (before, _), (row, start) in pairwise(begins)
-    ]
+    ends = [start if row == before else kinds.shape[1] for (before, _), (row, start) in pairwise(begins)]
     ends += [kinds.shape[1]] * (len(begins) > 0)
     found = [
         Run(row, start, stop, *kind)
@@ -80,24 +77,29 @@ def plan_parts(layout: SequenceLayout, rectangles: Iterator[tuple[Run, Run]]) ->
     Rows that follow each other and need the same calls share them. A row's square comes before its rectangles, and
     rectangles of the same queries follow each other.
     """
-    rows: list[list[tuple[int, ...]]] = [[] for _ in range(layout.shape[0])]
+    rows: list[list[Part]] = [[] for _ in range(layout.shape[0])]
     for document, pieces in groupby(sorted(_document_runs(layout), key=_document), key=_document):
         behind: list[Run] = []
         for piece in pieces:
-            rows[document[0]].append((piece.start, piece.stop, piece.start, piece.stop, True))
+            rows[document[0]].append(_call(piece, piece, is_causal=1))
             # Padding in the middle of a document cuts it, and the later piece still sees the earlier ones.
-            rows[document[0]] += [(piece.start, piece.stop, seen.start, seen.stop, False) for seen in behind]
+            rows[document[0]] += [_call(piece, seen) for seen in behind]
             behind.append(piece)
     for queries, keys in rectangles:
-        rows[queries.row].append((queries.start, queries.stop, keys.start, keys.stop, False))
-    for calls in rows:
-        calls.sort(key=lambda call: (not call[-1], call))
-    parts, first = [], 0
+        rows[queries.row].append(_call(queries, keys))
+    parts: list[Part] = []
+    first = 0
     for calls, alike in groupby(rows):
         stop = first + len(list(alike))
-        parts += [Part(first, stop, *call[:-1], int(call[-1])) for call in calls]
+        in_order = sorted(calls, key=lambda call: (-call.is_causal, call))
+        parts += [call._replace(first_row=first, stop_row=stop) for call in in_order]
         first = stop
     return parts
+
+
+def _call(queries: Run, keys: Run, is_causal: int = 0) -> Part:
+    """A part whose rows are still to be filled in."""
+    return Part(0, 0, queries.start, queries.stop, keys.start, keys.stop, is_causal)
 
 
 def encode_plan(parts: list[Part]) -> Tensor:
@@ -109,9 +111,30 @@ def decode_plan(plan: Tensor) -> list[Part]:
     return [Part(*call) for call in plan.flatten(0, 2).tolist()]
 
 
-def is_plan(mask: object) -> bool:
+def is_plan(mask: object) -> TypeGuard[Tensor]:
     """Masks are boolean or floating; a plan is integer."""
     return isinstance(mask, Tensor) and mask.dtype == torch.int64
+
+
+def squares_and_rectangles(parts: list[Part], masked_length: int) -> tuple[list[tuple[Part, list[Part]]], list[Part]]:
+    """The causal squares, each with the rectangles that are computed with it, and the rectangles that are left.
+
+    In a document of up to `masked_length` tokens (the tile that the kernel computes whole anyway) rectangles cost more as
+    calls than as a mask of that document.
+    """
+    rectangles = [part for part in parts if not part.is_causal]
+    squares = []
+    for square in (part for part in parts if part.is_causal):
+        short = square.stop_query - square.first_query <= masked_length
+        own = [part for part in rectangles if short and _is_inside(part, square)]
+        rectangles = [part for part in rectangles if part not in own]
+        squares.append((square, own))
+    return squares, rectangles
+
+
+def _is_inside(part: Part, square: Part) -> bool:
+    first, stop = square.first_query, square.stop_query
+    return part[:2] == square[:2] and first <= part.first_query < stop and first <= part.first_key < stop
 
 
 def allowed_pairs(parts: list[Part]) -> int:
