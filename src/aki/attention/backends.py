@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from aki.attention.choice import BACKENDS, Choice, announce, choose
 from aki.attention.dense import language_model_masks
-from aki.attention.flex import block_mask
+from aki.attention.flex import block_mask, compiled_for_cpu
 from aki.attention.merged import merged_attention
 from aki.attention.rectangles import Part, encode_plan, is_plan, plan_parts
 from aki.attention.rules import Rule
@@ -43,16 +43,13 @@ def attention(
         ValueError: merged attention is asked for what it cannot compute: dropout, soft-capping, sinks, a position bias.
     """
     if isinstance(attention_mask, BlockMask):
-        known = attention_mask.shape[-1]
+        # A static cache has room for tokens to come.
+        key, value = (x[:, :, : attention_mask.shape[-1]] for x in (key, value))
+        if query.device.type == "cpu" and kwargs.get("softcap") is None:
+            out = compiled_for_cpu()(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
+            return out.transpose(1, 2).contiguous(), None
         return flex_attention_forward(
-            module,
-            query,
-            key[:, :, :known],
-            value[:, :, :known],
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            **kwargs,
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     if not is_plan(attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

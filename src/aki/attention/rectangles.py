@@ -119,8 +119,8 @@ def is_plan(mask: object) -> TypeGuard[Tensor]:
 def squares_and_rectangles(parts: list[Part], masked_length: int) -> tuple[list[tuple[Part, list[Part]]], list[Part]]:
     """The causal squares, each with the rectangles that are computed with it, and the rectangles that are left.
 
-    In a document of up to `masked_length` tokens (the tile that the kernel computes whole anyway) rectangles cost more as
-    calls than as a mask of that document.
+    In a document of up to `masked_length` tokens (the tile that the kernel computes whole anyway) rectangles cost more
+    as calls than as a mask of that document.
     """
     rectangles = [part for part in parts if not part.is_causal]
     squares = []
