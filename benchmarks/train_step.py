@@ -129,7 +129,7 @@ def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
 def useful_operations(model: AkiForConditionalGeneration, samples: list[Row]) -> float:
     """Of forward and backward over real tokens: layers on all of them, the output layer where something is learned."""
     layers = sum(p.numel() for n, p in model.language_model.named_parameters() if p.ndim == 2 and ".layers." in n)
-    head = model.get_output_embeddings().weight.numel()
+    head = sum(p.numel() for p in model.get_output_embeddings().parameters())
     connector = sum(p.numel() for p in model.connector.parameters() if p.ndim == 2)
     tokens = sum(sample["input_ids"].shape[1] for sample in samples)
     learned = sum(int((sample["labels"][:, 1:] != IGNORE_INDEX).sum()) for sample in samples)
