@@ -1,5 +1,7 @@
-"""Which token may see which (`rules`), how it is computed (`backends`), the proof that nothing leaks (`guard`), and all of
-that for any other model (`unlock`)."""
+"""Which token may see which (`rules`), how it is computed (`backends`), the proof that nothing leaks (`guard`).
+
+`unlock` brings all of it to any other model.
+"""
 
 from aki.attention.backends import prepare_attention
 from aki.attention.choice import BACKENDS

@@ -57,7 +57,7 @@ def language_model_masks(
     if implementation not in TAKE_MASKS:
         raise ValueError(
             f"the rule {rule.name!r} needs a mask, which attn_implementation={implementation!r} cannot take: "
-            f"load the model with one of {', '.join(TAKE_MASKS)}."
+            "load the model with attn_implementation='sdpa' or 'eager'."
         )
     own: Any = attention_mask
     if not is_prepared(attention_mask):
