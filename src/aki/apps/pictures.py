@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from aki.attention import dense_mask, get_rule
+from aki.attention.rectangles import mma_rectangles, plan_parts
 from aki.layout import IMAGE, SequenceLayout, build_layout
 
 
@@ -55,3 +56,46 @@ def draw_masks(rules: list[str], path: Path) -> dict[str, tuple[int, int]]:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return counts
+
+
+def draw_plan(path: str | Path) -> int:
+    """Draw the calls that compute `mma` without a mask, for two packed documents; returns how many there are."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Polygon, Rectangle
+
+    first = ["text", *["image"] * 6, *["prompt"] * 3, *["answer"] * 2]
+    names = [*first, *["image"] * 4, "prompt", *["image"] * 4, *["prompt"] * 2, *["answer"] * 2]
+    length = len(names)
+    ids = torch.tensor([[IMAGE if name == "image" else 0 for name in names]])
+    positions = torch.tensor([[*range(len(first)), *range(length - len(first))]])
+    blocks = torch.tensor([[-1 if name == "answer" else 0 for name in names]])
+    layout = build_layout(ids, {IMAGE: IMAGE}, 4, position_ids=positions, prompt_block_ids=blocks)
+    parts = plan_parts(layout, mma_rectangles(layout))
+    figure, axis = plt.subplots(figsize=(6.4, 6.6), layout="constrained")
+    for number, part in enumerate(parts, 1):
+        (top, bottom), (left, right) = part[2:4], part[4:6]
+        if part.is_causal:
+            steps = [(left, top)] + [corner for i in range(right - left) for corner in _stair(left + i, top + i)]
+            axis.add_patch(Polygon([*steps, (left, bottom)], facecolor="#c7d3e3", edgecolor="white"))
+        else:
+            axis.add_patch(Rectangle((left, top), right - left, bottom - top, facecolor="#2b6cb0", edgecolor="white"))
+        where = (left + (right - left) / 3, top + (bottom - top) * 2 / 3) if part.is_causal else None
+        x, y = where or ((left + right) / 2, (top + bottom) / 2)
+        axis.text(x, y, str(number), ha="center", va="center", fontsize=12, color="black" if where else "white")
+    axis.set(xlim=(0, length), ylim=(length, 0), xlabel="is seen", ylabel="sees", aspect="equal")
+    ticks = [position + 0.5 for position in range(length)]
+    axis.set_xticks(ticks, names, rotation=90)
+    axis.set_yticks(ticks, names)
+    axis.tick_params(length=0)
+    axis.set_title("mma on two packed documents: causal squares, and rectangles")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return len(parts)
+
+
+def _stair(x: int, y: int) -> list[tuple[int, int]]:
+    """A step of the diagonal: token x sees itself."""
+    return [(x + 1, y), (x + 1, y + 1)]

@@ -1,6 +1,10 @@
-"""Which token may see which (`rules`), how that is computed (`dense`), the proof that it does not leak
-(`guard`), and all of that for any other model (`unlock`)."""
+"""Which token may see which (`rules`), how it is computed (`backends`), the proof that nothing leaks (`guard`).
 
+`unlock` brings all of it to any other model.
+"""
+
+from aki.attention.backends import prepare_attention
+from aki.attention.choice import BACKENDS
 from aki.attention.dense import dense_mask, language_model_masks
 from aki.attention.families import CannotUnlock
 from aki.attention.guard import LeakError, NothingOpensError, check_no_leak, reach
@@ -9,6 +13,7 @@ from aki.attention.rules import RULES, Rule, get_rule
 from aki.attention.unlock import NothingOpensWarning, lock, unlock
 
 __all__ = [
+    "BACKENDS",
     "RULES",
     "CannotUnlock",
     "LeakError",
@@ -20,6 +25,7 @@ __all__ = [
     "get_rule",
     "language_model_masks",
     "lock",
+    "prepare_attention",
     "reach",
     "unlock",
     "write_prompt_blocks",

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate
 
+from aki.attention.choice import BACKENDS
 from aki.attention.rules import Rule
 from aki.layout import SequenceLayout
 
-DENSE_IMPLEMENTATIONS = ("sdpa", "eager")
+TAKE_MASKS = ("sdpa", "eager", *BACKENDS)
 
 
 def dense_mask(rule: Rule, layout: SequenceLayout) -> Tensor:
@@ -47,16 +48,16 @@ def language_model_masks(
             key length), one or one a layer type.
 
     Returns:
-        (batch, 1, query length, key length), bool for sdpa, 0 and -inf (the dtype's minimum) for eager.
+        (batch, 1, query length, key length), 0 and -inf (the dtype's minimum) for eager, bool elsewhere.
 
     Raises:
         ValueError: the attention implementation takes no masks (FlashAttention).
     """
     implementation = config._attn_implementation
-    if implementation not in DENSE_IMPLEMENTATIONS:
+    if implementation not in TAKE_MASKS:
         raise ValueError(
             f"the rule {rule.name!r} needs a mask, which attn_implementation={implementation!r} cannot take: "
-            f"load the model with attn_implementation='sdpa' or 'eager'."
+            "load the model with attn_implementation='sdpa' or 'eager'."
         )
     own: Any = attention_mask
     if not is_prepared(attention_mask):
@@ -67,7 +68,7 @@ def language_model_masks(
 
     def overlay(own_mask: Tensor | None, layer: int) -> Tensor:
         mask = _overlay(allowed, as_boolean(own_mask), past_key_values, layer)
-        return mask if implementation == "sdpa" else _additive(mask, inputs_embeds.dtype)
+        return _additive(mask, inputs_embeds.dtype) if implementation == "eager" else mask
 
     if isinstance(own, dict):
         return {kind: overlay(mask, config.layer_types.index(kind)) for kind, mask in own.items()}

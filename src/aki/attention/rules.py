@@ -7,13 +7,14 @@ padding are nobody's rule: `sees` applies them to all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
+from aki.attention.rectangles import Run, mma_rectangles, no_rectangles
 from aki.layout import TEXT, SequenceLayout
 
 
@@ -92,11 +93,14 @@ class Rule:
     Attributes:
         allows: (layout, b, q, k) -> bool, within one document.
         far: layout -> (batch, length), the last position that each token sees. What the leak guard needs.
+        rectangles: layout -> what the rule adds to `causal`, as (queries, later keys). What merged attention needs;
+            None where the rule is not causal plus rectangles.
     """
 
     name: str
     allows: Callable[[SequenceLayout, Tensor, Tensor, Tensor], Tensor]
     far: Callable[[SequenceLayout], Tensor]
+    rectangles: Callable[[SequenceLayout], Iterator[tuple[Run, Run]]] | None = None
 
     def sees(self, layout: SequenceLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """The rule within documents. Padding is never a key; as a query it keeps its row, whatever the document."""
@@ -106,8 +110,8 @@ class Rule:
 
 
 RULES = {
-    "causal": Rule("causal", causal, far_causal),
-    "mma": Rule("mma", mma, far_mma),
+    "causal": Rule("causal", causal, far_causal, no_rectangles),
+    "mma": Rule("mma", mma, far_mma, mma_rectangles),
     "mma_scoped": Rule("mma_scoped", mma_scoped, far_mma_scoped),
 }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,10 +22,12 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from aki.attention import get_rule, language_model_masks
+from aki.attention import get_rule, prepare_attention
+from aki.attention.backends import takes_prepared
 from aki.layout import IGNORE_INDEX, IMAGE, SequenceLayout, build_layout
 from aki.models.configuration import AkiConfig
 from aki.models.connectors import PerceiverResampler, build_connector
+from aki.models.features import FeatureCache
 from aki.models.generation import AkiGenerationMixin
 
 
@@ -61,6 +65,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
 
     def __init__(self, config: AkiConfig):
         super().__init__(config)
+        self.encoder_dtype: torch.dtype | None = None
+        self.feature_cache: FeatureCache | None = None
         self.vision_encoder = AutoModel.from_config(config.vision_config)
         _check_takes_images_only(self.vision_encoder)
         self.connector = build_connector(config)
@@ -162,9 +168,20 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
                 f"pixel_values are {size[0]} x {size[1]}, the vision encoder takes {expected[0]} x {expected[1]}: "
                 "give the image processor that size."
             )
-        features = self.vision_encoder(pixel_values.to(self.vision_encoder.dtype)).last_hidden_state
+        cache = self.feature_cache
+        features = self.patch_features(pixel_values) if cache is None else cache(pixel_values, self.patch_features)
+        return self.connector(features.to(next(self.connector.parameters()).dtype))
+
+    def patch_features(self, pixel_values: Tensor) -> Tensor:
+        """The vision encoder's features, (images, patches, width); a frozen encoder runs without gradient."""
+        encoder = self.vision_encoder
+        learns = any(parameter.requires_grad for parameter in encoder.parameters())
+        lower = self.encoder_dtype
+        precision = torch.autocast(pixel_values.device.type, lower) if lower is not None else nullcontext()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns), precision:
+            features = encoder(pixel_values.to(encoder.dtype)).last_hidden_state
         # Class and register tokens come before the patches.
-        return self.connector(features[:, -self.config.num_patches :])
+        return features[:, -self.config.num_patches :]
 
     def layout(
         self,
@@ -210,6 +227,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
             pixel_values: (images of the whole batch in order, channels, height, width) float.
             attention_mask: (batch, cached + length), 0 is padding; or masks already prepared, which are used as is.
             position_ids: (batch, length) int. Absent: counted over the attention mask, so padding may be on any side.
+                Without attention_mask, a restart begins a packed document, which sees nothing of the others.
             past_key_values: what was seen before; it stays causal.
             inputs_embeds: (batch, length, width) instead of input_ids, for text alone.
             labels: (batch, length) int, -100 is not learned. What stands on image placeholders is ignored.
@@ -238,19 +256,26 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
         padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         if position_ids is None and padding is not None:
             position_ids = (padding.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+        elif position_ids is not None and attention_mask is None and past_key_values is None:
+            # transformers keeps packed documents apart only where no cache is made.
+            kwargs |= {"use_cache": False} if _starts_again(position_ids) else {}
 
         rule = get_rule(attention_rule or self.config.attention_rule)
-        masks: Tensor | dict[str, Tensor] | None = attention_mask
+        masks: Tensor | BlockMask | dict | None = attention_mask
         prepared = masks is not None and padding is None
-        if rule.name != "causal" and input_ids is not None and image_embeds is not None and not prepared:
+        opens_ahead = rule.name != "causal" and image_embeds is not None
+        without_mask = takes_prepared(self.config.text_config, past_key_values)
+        if input_ids is not None and (opens_ahead or without_mask) and not prepared:
+            # Prompt blocks only matter where something can be opened.
+            nowhere = None if opens_ahead else torch.full_like(input_ids, -1)
             layout = self.layout(
                 input_ids,
                 attention_mask=None if padding is None else padding[:, -length:],
                 position_ids=position_ids if past_key_values is None else None,
-                prompt_block_ids=prompt_block_ids,
+                prompt_block_ids=prompt_block_ids if nowhere is None else nowhere,
                 labels=labels,
             )
-            masks = language_model_masks(
+            masks = prepare_attention(
                 rule, layout, self.config.text_config, inputs_embeds, padding, past_key_values, position_ids
             )
 
@@ -265,9 +290,12 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
         )
         loss = None
         if labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
             loss = self.loss_function(
                 logits=outputs.logits,
                 labels=labels,
+                shift_labels=targets[:, kept].contiguous(),
                 vocab_size=outputs.logits.shape[-1],
                 num_items_in_batch=kwargs.get("num_items_in_batch"),
             )
@@ -288,6 +316,11 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
             return inputs_embeds
         _check_count(int(placeholders.sum()), image_embeds.shape[0], self.config.image_seq_length)
         return inputs_embeds.masked_scatter(placeholders[..., None], image_embeds.to(inputs_embeds))
+
+
+def _starts_again(position_ids: Tensor) -> bool:
+    """Whether rows hold several documents."""
+    return bool((torch.diff(position_ids) != 1).any())
 
 
 def _check_count(placeholders: int, images: int, tokens_per_image: int) -> None:

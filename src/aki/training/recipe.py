@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from aki.attention import get_rule
+from aki.attention import BACKENDS, get_rule
 
 
 @dataclass
@@ -51,6 +51,7 @@ class StageRecipe:
         adam_beta2: AdamW's second decay; short runs want it lower.
         frozen: parts that are not trained: vision_encoder, connector, language_model.
         max_length: tokens a sample may have.
+        packing: fill rows of up to `row_tokens` tokens with whole samples; `batch_size` then counts rows.
         log_every, eval_every, save_every: in steps; 0 is never.
     """
 
@@ -67,6 +68,8 @@ class StageRecipe:
     gradient_accumulation_steps: int = 1
     frozen: tuple[str, ...] = ()
     max_length: int = 512
+    packing: bool = False
+    row_tokens: int = 2048
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 500
@@ -76,7 +79,7 @@ class StageRecipe:
         _one_of("task", self.task, ("caption", "question"))
         for part in self.frozen:
             _one_of("frozen", part, ("vision_encoder", "connector", "language_model"))
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_length"):
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_length", "row_tokens"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1, it is {getattr(self, name)}.")
 
@@ -89,6 +92,8 @@ class Recipe:
         seed: of weights, data and everything drawn.
         workers: processes that prepare batches.
         bf16: autocast to bfloat16.
+        attention: what computes the language model's attention: auto, merged, flex, sdpa or eager.
+        feature_cache: a folder for the features of a frozen vision encoder, for pictures that repeat over epochs.
         report_to: the Trainer's integrations: none, tensorboard, trackio, wandb, ...
     """
 
@@ -100,7 +105,16 @@ class Recipe:
     seed: int = 0
     workers: int = 1
     bf16: bool = False
+    attention: str = "auto"
+    feature_cache: str | None = None
     report_to: tuple[str, ...] = field(default=("none",))
+
+    def __post_init__(self) -> None:
+        _one_of("attention", self.attention, (*BACKENDS, "sdpa", "eager"))
+        if self.feature_cache and any("vision_encoder" not in stage.frozen for stage in (self.pretrain, self.sft)):
+            raise RecipeError(
+                "feature_cache needs a vision_encoder that is frozen in both stages: its features change."
+            )
 
     def stage(self, name: str) -> StageRecipe:
         return getattr(self, _one_of("stage", name, STAGES))

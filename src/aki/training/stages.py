@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, TrainingArguments, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from aki.data.collate import ChatCollator
 from aki.data.digits import PIXEL_MEAN, PIXEL_STD, DigitScenes, corpus
+from aki.data.packing import PackedCollator, PackedRows
 from aki.data.tokenizer import train_tokenizer
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models.features import FeatureCache, lowest_precision
 from aki.models.templates import CAPTION, SHORT
 from aki.training.recipe import Recipe, StageRecipe
 from aki.training.scoring import accuracy_by_skill
@@ -65,6 +68,7 @@ def run_stage(job: Job) -> dict[str, Any]:
     set_seed(recipe.seed)
     model, processor = _load(job.start_from) if job.start_from else build_model(recipe)
     model.config.attention_rule = stage.rule
+    model.set_attn_implementation({"text_config": recipe.attention})
     for part in stage.frozen:
         getattr(model, part).requires_grad_(False)
     collator = _collator(processor, stage)
@@ -134,6 +138,8 @@ def _trainer(
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
     samples = stage.steps * stage.batch_size * stage.gradient_accumulation_steps
     train = DigitScenes("train", stage.task, samples, _image_size(processor), recipe.data.grid, recipe.seed)
+    if "vision_encoder" in stage.frozen:
+        _settle_encoder(model, collator([train[i] for i in range(min(8, samples))])["pixel_values"], recipe)
     held_out = questions(recipe, processor, "test", recipe.data.eval_size, seed=0)
     training = _training(job)
     training.mkdir(parents=True, exist_ok=True)
@@ -165,19 +171,30 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_persistent_workers=recipe.workers > 0,
         remove_unused_columns=False,
+        # Batches are cut by rows where one process reads for all, and a row may have any number of pictures.
+        accelerator_config={"dispatch_batches": False},
         disable_tqdm=True,
         label_names=["labels"],
     )
     trainer = AkiTrainer(
         model,
         arguments,
-        data_collator=collator,
-        train_dataset=train,
+        data_collator=PackedCollator(processor.tokenizer.pad_token_id) if stage.packing else collator,
+        train_dataset=PackedRows(train, collator, stage.row_tokens, recipe.seed) if stage.packing else train,
         eval_dataset=held_out,
         score=lambda current: accuracy_by_skill(current, collator, held_out),
     )
     replace_progress(trainer, Progress(job.title or job.stage, training / "log.txt", job.machine))
     return trainer
+
+
+def _settle_encoder(model: AkiForConditionalGeneration, pixel_values: Tensor, recipe: Recipe) -> None:
+    """A frozen encoder runs in the lowest precision that keeps its features, and once a picture if there is a cache."""
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    model.vision_encoder.to(device)
+    model.encoder_dtype = lowest_precision(model.patch_features, pixel_values.to(device))
+    if recipe.feature_cache is not None:
+        model.feature_cache = FeatureCache(recipe.feature_cache, model.vision_encoder, model.encoder_dtype)
 
 
 def _collator(processor: AkiProcessor, stage: StageRecipe) -> ChatCollator:

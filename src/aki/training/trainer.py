@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from aki.attention import check_no_leak, get_rule
+from aki.layout import IGNORE_INDEX
 from aki.models import AkiForConditionalGeneration
 
 _WHOLE = "WHOLE"
@@ -39,6 +40,9 @@ class AkiTrainer(Trainer):
         started = time.perf_counter()
         guard_batch(self.accelerator.unwrap_model(model), inputs)
         self.guard_seconds += time.perf_counter() - started
+        # DataParallel would deal positions out to its devices as if they were rows.
+        if "labels" in inputs and self.args.n_gpu <= 1:
+            inputs = {**inputs, "logits_to_keep": supervised_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
@@ -53,6 +57,18 @@ class AkiTrainer(Trainer):
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def supervised_positions(labels: Tensor) -> Tensor:
+    """The positions at which any row predicts a label: those that the output layer is run on, and the loss needs.
+
+    Args:
+        labels: (batch, length); position q predicts label q + 1.
+
+    Returns:
+        (positions,) int64, ascending.
+    """
+    return (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero()[:, 0]
 
 
 def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> None:

@@ -1,0 +1,110 @@
+"""Packing: rows filled with whole samples, instead of a row a sample and padding.
+
+The documents of a row are kept apart by positions that restart, which is how transformers and the layout read them;
+what is left of a row is one more document, of which nothing is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from aki.data.collate import ChatCollator
+from aki.layout import IGNORE_INDEX
+
+Row = dict[str, Tensor]
+"""A sample or several as model inputs, (1, tokens) each; pixel_values is (images, channels, height, width)."""
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put items into bins: the longest first, each into the first bin that has room.
+
+    Returns:
+        The items of each bin, ascending; bins by their first item, so that long items do not come first.
+
+    Raises:
+        ValueError: an item is longer than a bin.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[item] > capacity:
+            raise ValueError(
+                f"a sample of {lengths[item]} tokens does not fit a packed row of {capacity}: raise row_tokens."
+            )
+        place = next((i for i, left in enumerate(room) if left >= lengths[item]), None)
+        if place is None:
+            bins.append([])
+            room.append(capacity)
+            place = len(bins) - 1
+        bins[place].append(item)
+        room[place] -= lengths[item]
+    return sorted(sorted(items) for items in bins)
+
+
+def join(samples: Sequence[Row]) -> Row:
+    """One row out of samples; the first token of each is no label, because nothing of its own document predicts it."""
+    tokens = {name: torch.cat([s[name] for s in samples], 1) for name in ("input_ids", "prompt_block_ids", "labels")}
+    lengths = [sample["input_ids"].shape[1] for sample in samples]
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    tokens["labels"][:, starts] = IGNORE_INDEX
+    tokens["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    pictures = [sample["pixel_values"] for sample in samples if sample.get("pixel_values") is not None]
+    return tokens | ({"pixel_values": torch.cat(pictures)} if pictures else {})
+
+
+@dataclass
+class PackedCollator:
+    """Rows to a batch, as long as its longest row."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Row]) -> Row:
+        longest = max(row["input_ids"].shape[1] for row in rows)
+        padded = [self._pad(row, longest - row["input_ids"].shape[1]) for row in rows]
+        pictures = [row["pixel_values"] for row in rows if "pixel_values" in row]
+        batch = {name: torch.cat([row[name] for row in padded]) for name in padded[0]}
+        return batch | ({"pixel_values": torch.cat(pictures)} if pictures else {})
+
+    def _pad(self, row: Row, missing: int) -> Row:
+        fill = {"input_ids": self.pad_token_id, "prompt_block_ids": -1, "labels": IGNORE_INDEX}
+        padded = {name: torch.nn.functional.pad(row[name], (0, missing), value=fill[name]) for name in fill}
+        padded["position_ids"] = torch.cat([row["position_ids"], torch.arange(missing)[None]], 1)
+        return padded
+
+
+class PackedRows(IterableDataset):
+    """Endless rows of up to `row_tokens` tokens, from a data set shuffled anew each epoch.
+
+    Samples are taken `buffer` at a time, and the rows of a buffer are yielded before the next is read. The order
+    depends on the seed and the number of workers alone, so a run that is resumed by skipping batches sees what it would
+    have seen.
+
+    Args:
+        dataset: of samples.
+        encode: makes model inputs of a list of samples.
+        row_tokens: tokens a row may have.
+    """
+
+    def __init__(self, dataset: Dataset, encode: ChatCollator, row_tokens: int, seed: int = 0, buffer: int = 256):
+        self.dataset, self.encode, self.row_tokens, self.seed, self.buffer = dataset, encode, row_tokens, seed, buffer
+
+    def __iter__(self) -> Iterator[Row]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for epoch in count():
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+            for chosen in order.split(self.buffer)[first::step]:
+                samples = [self._sample(index) for index in chosen.tolist()]
+                lengths = [sample["input_ids"].shape[1] for sample in samples]
+                for items in first_fit_decreasing(lengths, self.row_tokens):
+                    yield join([samples[item] for item in items])
+
+    def _sample(self, index: int) -> Row:
+        return self.encode([self.dataset[index]])

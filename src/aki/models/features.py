@@ -1,0 +1,93 @@
+"""A frozen vision encoder's features: in the lowest precision that keeps them, and from disk when pictures repeat."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+TOLERANCE = 0.02
+"""How far an image's features may move in a lower precision: the norm of the difference over the norm."""
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; elsewhere it is emulated and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def lowest_precision(
+    encode: Callable[[Tensor], Tensor], pixel_values: Tensor, tolerance: float = TOLERANCE
+) -> torch.dtype | None:
+    """bfloat16 where the device has it and it keeps these images' features within the tolerance; else None.
+
+    Args:
+        encode: (images, channels, height, width) -> (images, patches, width).
+        pixel_values: some images, on the encoder's device.
+    """
+    if not computes_bfloat16(pixel_values.device):
+        return None
+    with torch.no_grad():
+        exact = encode(pixel_values).float().flatten(1)
+        with torch.autocast(pixel_values.device.type, torch.bfloat16):
+            lower = encode(pixel_values).float().flatten(1)
+    moved = (lower - exact).norm(dim=1) / exact.norm(dim=1)
+    return torch.bfloat16 if float(moved.max()) <= tolerance else None
+
+
+class FeatureCache:
+    """Features on disk, a file an image, named by the image as the encoder gets it and by the encoder's weights.
+
+    The pixels that go into the name are pre-processed, so another pre-processing is another name, and so is another
+    precision. Files are written whole or not at all; several processes may share a folder.
+    """
+
+    def __init__(self, folder: str | Path, encoder: nn.Module, precision: torch.dtype | None = None):
+        self.folder = Path(folder)
+        self.encoder = _fingerprint(encoder, precision)
+
+    def __call__(self, pixel_values: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """
+        Args:
+            pixel_values: (images, channels, height, width).
+            encode: computes what is not there yet.
+
+        Returns:
+            (images, patches, width), as `encode` gave them.
+        """
+        paths = [self._path(image) for image in pixel_values]
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        if missing:
+            for i, features in zip(missing, encode(pixel_values[missing]), strict=True):
+                self._write(paths[i], features)
+        return torch.stack([load_file(path)["features"] for path in paths]).to(pixel_values.device)
+
+    def _path(self, image: Tensor) -> Path:
+        digest = hashlib.sha256(self.encoder + _bytes(image)).hexdigest()
+        return self.folder / digest[:2] / f"{digest[2:]}.safetensors"
+
+    @staticmethod
+    def _write(path: Path, features: Tensor) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file({"features": features.detach().cpu().contiguous()}, partial)
+        os.replace(partial, path)
+
+
+def _fingerprint(encoder: nn.Module, precision: torch.dtype | None) -> bytes:
+    digest = hashlib.sha256(str(precision).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    return digest.digest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    tensor = tensor.detach().cpu().contiguous()
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.view(torch.uint8).numpy().tobytes()

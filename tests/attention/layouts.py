@@ -1,0 +1,62 @@
+"""Random layouts for hypothesis, and attention by the definition."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aki.attention.rules import Rule
+from aki.layout import SequenceLayout
+
+_KINDS = st.sampled_from(["text", "image", "audio", "answer"])
+_SEGMENT = st.tuples(_KINDS, st.integers(1, 7))
+_DOCUMENT = st.lists(_SEGMENT, min_size=1, max_size=6)
+_ROW = st.tuples(st.integers(0, 4), st.lists(_DOCUMENT, min_size=0, max_size=3), st.booleans())
+
+
+@st.composite
+def layouts(draw, max_rows: int = 3) -> SequenceLayout:
+    """Batches of rows with padding left, right, or between documents; several documents, pictures and turns in each."""
+    rows = draw(st.lists(_ROW, min_size=1, max_size=max_rows))
+    return make_layout(rows)
+
+
+def make_layout(rows: list) -> SequenceLayout:
+    """Rows of (padding before, documents as lists of (kind, length), padding between documents too)."""
+    tokens = [_row_tokens(*row) for row in rows]
+    length = max(1, *(len(row) for row in tokens)) if len(tokens) > 1 else max(1, len(tokens[0]))
+    padded = [row + [(-1, 0, -1, -1)] * (length - len(row)) for row in tokens]
+    return SequenceLayout(*torch.tensor(padded).unbind(-1))
+
+
+def _row_tokens(before: int, documents: list, between: bool) -> list[tuple[int, int, int, int]]:
+    padding = [(-1, 0, -1, -1)] * before
+    tokens, items, block = list(padding), 0, 0
+    for number, document in enumerate(documents):
+        for kind, length in document:
+            modality = {"image": 1, "audio": 2}.get(kind, 0)
+            if kind == "answer":
+                block += 1
+            tokens += [(number, modality, items if modality else -1, -1 if kind == "answer" else block)] * length
+            items += bool(modality)
+        tokens += padding * between
+    return tokens
+
+
+def by_definition(
+    rule: Rule, layout: SequenceLayout, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """Softmax over the pairs that the rule allows, one pair after the other; zero for padding."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    batch, length = layout.shape
+    index = torch.arange(length)
+    allowed = torch.stack(
+        [
+            rule.sees(layout, torch.tensor(b), index[:, None], index) & ~layout.is_padding[b, :, None]
+            for b in range(batch)
+        ]
+    )[:, None]
+    weights = ((query @ key.transpose(-1, -2)) * scale).masked_fill(~allowed, -torch.inf).softmax(-1)
+    return weights.nan_to_num() @ value

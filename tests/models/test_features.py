@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aki.models.features import FeatureCache, computes_bfloat16, lowest_precision
+from aki.training.stages import build_model
+
+
+@pytest.fixture
+def model(tiny_recipe):
+    torch.manual_seed(0)
+    return build_model(tiny_recipe)[0]
+
+
+@pytest.fixture
+def pixels(model):
+    return torch.rand(3, 3, *model.config.image_size)
+
+
+def test_a_frozen_encoder_keeps_nothing_for_a_backward(model, pixels):
+    learning = saved_for_backward(model, pixels)
+    model.vision_encoder.requires_grad_(False)
+    assert saved_for_backward(model, pixels) < learning / 2
+    assert model.connector.layers[0].weight.grad is not None
+
+
+def saved_for_backward(model, pixels) -> int:
+    kept: list[int] = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.get_image_features(pixels).sum().backward()
+    return sum(kept)
+
+
+def test_features_from_disk_are_the_features_and_are_computed_once(model, pixels, tmp_path):
+    model.vision_encoder.requires_grad_(False)
+    wanted = model.get_image_features(pixels)
+    calls = []
+    model.vision_encoder.register_forward_hook(lambda *args: calls.append(1))
+    model.feature_cache = FeatureCache(tmp_path, model.vision_encoder)
+    assert torch.allclose(model.get_image_features(pixels), wanted, atol=1e-6)
+    assert torch.allclose(model.get_image_features(pixels.flip(0)), wanted.flip(0), atol=1e-6)
+    assert len(calls) == 1
+    model.get_image_features(torch.cat([pixels, pixels[:1] + 0.01]))
+    assert len(calls) == 2
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4
+
+
+def test_other_weights_and_another_precision_are_other_features(model, pixels, tmp_path):
+    first = FeatureCache(tmp_path, model.vision_encoder)
+    lower = FeatureCache(tmp_path, model.vision_encoder, torch.bfloat16)
+    with torch.no_grad():
+        next(model.vision_encoder.parameters()).add_(1e-3)
+    moved = FeatureCache(tmp_path, model.vision_encoder)
+    assert len({cache._path(pixels[0]) for cache in (first, lower, moved)}) == 3
+
+
+@pytest.mark.skipif(not computes_bfloat16(torch.device("cpu")), reason="this CPU has no bfloat16")
+def test_the_lower_precision_is_taken_only_within_the_tolerance(model, pixels):
+    encode = model.patch_features
+    assert lowest_precision(encode, pixels, tolerance=0.05) == torch.bfloat16
+    assert lowest_precision(encode, pixels, tolerance=1e-6) is None
+
+
+def test_features_in_a_lower_precision_reach_the_connector_in_its_own(model, pixels):
+    model.vision_encoder.requires_grad_(False)
+    wanted = model.get_image_features(pixels)
+    model.encoder_dtype = torch.bfloat16
+    lower = model.get_image_features(pixels)
+    assert lower.dtype == wanted.dtype
+    assert 0 < (lower - wanted).norm() < 0.05 * wanted.norm()
