@@ -110,8 +110,6 @@ def build_model(recipe: Recipe) -> tuple[AkiForConditionalGeneration, AkiProcess
         initializer_range=text_config.initializer_range,
     )
     model = AkiForConditionalGeneration(config)
-    # A placeholder stands for a picture that comes in; it is never an answer.
-    model.generation_config.suppress_tokens = [config.image_token_id]
     size = recipe.model.vision["image_size"]
     image_processor = SiglipImageProcessorPil(
         size={"height": size, "width": size}, image_mean=[PIXEL_MEAN] * 3, image_std=[PIXEL_STD] * 3
