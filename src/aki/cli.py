@@ -136,6 +136,10 @@ def main(arguments: list[str] | None = None) -> None:
         description="Multimodal LLMs with modality-mutual attention.",
         return_unknown_args=True,
     )
+    if not isinstance(command, Chat):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # those of loading and saving; ours say more
     try:
         if rest and not isinstance(command, Train | Compare):
             name = type(command).__name__.lower()

@@ -39,8 +39,8 @@ def write_report(results: Results, steps: int, folder: Path) -> str:
     for rule in results:
         if rule != "causal" and "causal" in results:
             step, last = steps_to_reach(results, rule)
-            reached = f"at step {step} of {last}" if step else f"not within {last} steps"
-            parts.append(f"{rule} reaches causal's final accuracy on the learning curve {reached}.")
+            reached = f"at step {step} of {last}" if step else f"later than the {last} steps of this run"
+            parts.append(f"On the learning curve {rule} reaches causal's final accuracy {reached}.")
     report = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(report)
     draw_curves(results, folder / "curves.png")
