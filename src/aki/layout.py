@@ -28,7 +28,7 @@ class SequenceLayout:
     Attributes:
         document: 0, 1, ... for each document of a row; -1 is padding.
         modality: 0 for text, a positive number for each kind of media.
-        media_item: 0, 1, ... for each picture of a row; -1 is text.
+        media_item: 0, 1, ... for each item (a picture, a video, a clip) of a row; -1 is text.
         prompt_block: 0, 1, ... for each stretch of prompt between two answers; -1 is an answer, a caption or padding.
         scope: the innermost scope that a token stands in, numbered 1, 2, ... as they open in the row; 0 is none.
         scope_end: the last number of the scopes within that one: a scope t holds a scope s, itself or any below it,
@@ -62,7 +62,7 @@ class SequenceLayout:
 def build_layout(
     input_ids: Tensor,
     media_token_ids: Mapping[int, int],
-    tokens_per_item: int | None,
+    tokens_per_item: int | Mapping[int, int] | None,
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -76,7 +76,8 @@ def build_layout(
     Args:
         input_ids: (batch, length), media placeholders already repeated once for every embedding.
         media_token_ids: modality -> id of its placeholder.
-        tokens_per_item: how many placeholders one picture has; None: each run of placeholders is one.
+        tokens_per_item: how many placeholders one item has, or modality -> how many; None: each run of placeholders
+            is one.
         attention_mask: (batch, length), 0 is padding. Absent: no padding.
         position_ids: (batch, length); where it restarts (and there is no attention_mask), a new packed document begins,
             which is how transformers reads it.
@@ -97,7 +98,10 @@ def build_layout(
     if tokens_per_item is None:
         media_item = number_runs(is_media, torch.diff(modality, prepend=modality[:, :1]) != 0)
     else:
-        media_item = ((is_media.cumsum(1) - 1) // tokens_per_item).masked_fill(~is_media, -1)
+        per_item = (
+            dict.fromkeys(media_token_ids, tokens_per_item) if isinstance(tokens_per_item, int) else tokens_per_item
+        )
+        media_item = _count_items(modality, per_item)
     if prompt_block_ids is None:
         prompt_block_ids = _blocks_from_labels(document, is_media, labels, training)
     scope, scope_end = (None, None) if scope_token_ids is None else _scopes(input_ids, *scope_token_ids)
@@ -115,6 +119,14 @@ def number_runs(inside: Tensor, breaks: Tensor | None = None) -> Tensor:
     previous = nn.functional.pad(inside, (1, 0))[:, :-1]
     starts = inside & ~previous if breaks is None else inside & (~previous | breaks)
     return (starts.long().cumsum(1) - 1).masked_fill(~inside, -1)
+
+
+def _count_items(modality: Tensor, tokens_per_item: Mapping[int, int]) -> Tensor:
+    starts = torch.zeros_like(modality)
+    for kind, tokens in tokens_per_item.items():
+        own = modality == kind
+        starts += own & ((own.cumsum(1) - 1) % tokens == 0)
+    return (starts.cumsum(1) - 1).masked_fill(modality == TEXT, -1)
 
 
 def _scopes(input_ids: Tensor, open_id: int, close_id: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""AkiConfig: a vision encoder, a connector, a language model, and the rule that says which token sees which."""
+"""AkiConfig: encoders, connectors, a language model, and the rule that says which token sees which."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from aki.attention.rules import get_rule
+from aki.layout import AUDIO, IMAGE, VIDEO
+from aki.models.media import Media
 
 
 @strict
 class AkiConnectorConfig(PreTrainedConfig):
-    """How image features become embeddings of the language model.
+    """How an encoder's features become embeddings of the language model.
 
     Attributes:
-        connector: `perceiver_resampler` (the paper's) or `mlp` (LLaVA's two layers, one embedding a patch).
-        num_latents: embeddings an image, for the resampler. depth, num_heads, head_dim, ff_mult: its sizes.
+        connector: `perceiver_resampler` (the paper's) or `mlp` (LLaVA's two layers, one embedding a feature).
+        num_latents: embeddings an image, a frame or an audio clip, for the resampler.
+        depth, num_heads, head_dim, ff_mult: its sizes.
     """
 
     model_type = "aki_connector"
@@ -34,11 +37,19 @@ class AkiConnectorConfig(PreTrainedConfig):
 class AkiConfig(PreTrainedConfig):
     """Configuration of `AkiForConditionalGeneration`.
 
+    Videos and audio are configured as images are, by an encoder, a connector and a placeholder each. They are fields of
+    their own, not a dict of modalities, because transformers finds encoders by the names of such fields when it saves,
+    loads and sets attention implementations. Without them the model takes images alone.
+
     Attributes:
         vision_config: any encoder that AutoModel builds and that yields one feature a patch of a fixed-size image.
         text_config: any decoder-only language model that AutoModelForCausalLM builds.
         connector_config: see `AkiConnectorConfig`.
         image_token_id: the placeholder in input_ids, one for every embedding of an image.
+        video_config: an encoder as for images, which takes each frame alone; video_connector_config, video_token_id.
+        video_frames: frames a video. The connector gives each its embeddings, in order, so that order is not lost.
+        audio_config: an encoder of (items, mel bins, time) of a fixed length, as Whisper's or Voxtral's (of an
+            encoder-decoder the encoder is taken); audio_connector_config, audio_token_id.
         scope_token_ids: the tokens that open and close a scope, for the rule `mma_scoped`.
         attention_rule: which token may see which, a name in `aki.attention.RULES`; read at each call.
         output_bias: whether the output layer has a bias, as the published checkpoint does.
@@ -49,14 +60,25 @@ class AkiConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="phi3"),
         "connector_config": AkiConnectorConfig,
+        "video_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model", optional=True),
+        "video_connector_config": SubConfigSpec(config_class=AkiConnectorConfig, optional=True),
+        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
+        "audio_connector_config": SubConfigSpec(config_class=AkiConnectorConfig, optional=True),
     }
-    # Those to which transformers hands an attention implementation; the connector is no transformers model.
-    sub_configs: ClassVar = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    # Those to which transformers hands an attention implementation; a connector is no transformers model.
+    sub_configs: ClassVar = dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig)
 
     vision_config: Any = None
     text_config: Any = None
     connector_config: Any = None
     image_token_id: int = 0
+    video_config: Any = None
+    video_connector_config: Any = None
+    video_token_id: int | None = None
+    video_frames: int = 8
+    audio_config: Any = None
+    audio_connector_config: Any = None
+    audio_token_id: int | None = None
     scope_token_ids: list[int] | None = None
     attention_rule: str = "mma"
     output_bias: bool = False
@@ -68,6 +90,17 @@ class AkiConfig(PreTrainedConfig):
         get_rule(self.attention_rule)
         # A contrastive checkpoint (CLIP, SigLIP) names both towers; the picture's is the one wanted.
         self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
+        self.video_config = getattr(self.video_config, "vision_config", self.video_config)
+        if self.video_config is not None:
+            self.video_connector_config = self.video_connector_config or AkiConnectorConfig()
+        if self.audio_config is not None:
+            self.audio_connector_config = self.audio_connector_config or AkiConnectorConfig()
+        token_ids = [media.token_id for media in self.media.values()]
+        if None in token_ids or len(set(token_ids)) < len(token_ids):
+            raise ValueError(
+                f"image_token_id, video_token_id and audio_token_id are {token_ids} (of those that have an encoder): "
+                "each needs a token of its own."
+            )
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
 
     @classmethod
@@ -89,34 +122,33 @@ class AkiConfig(PreTrainedConfig):
         return found, kwargs
 
     @property
+    def media(self) -> dict[str, Media]:
+        """The kinds of media that the model takes, by the names of their inputs to forward."""
+        image: Any = (self.vision_config, self.connector_config, self.image_token_id)
+        found = {"pixel_values": Media(IMAGE, "image", "vision_encoder", "connector", *image)}
+        if self.video_config is not None:
+            video: Any = (self.video_config, self.video_connector_config, self.video_token_id, self.video_frames)
+            found["pixel_values_videos"] = Media(VIDEO, "video", "video_encoder", "video_connector", *video)
+        if self.audio_config is not None:
+            audio: Any = (self.audio_config, self.audio_connector_config, self.audio_token_id)
+            found["input_features"] = Media(AUDIO, "audio clip", "audio_encoder", "audio_connector", *audio)
+        return found
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the pictures that the vision encoder takes.
 
         Raises:
             ValueError: the encoder has no fixed size.
         """
-        size = getattr(self.vision_config, "image_size", None)
-        if size is None:
-            raise ValueError(
-                f"the vision encoder {self.vision_config.model_type!r} has no fixed image_size (NaFlex encoders take "
-                "pictures of any size, which AKI does not): use a fixed-resolution checkpoint, for instance "
-                "google/siglip2-so400m-patch14-384."
-            )
-        return _pair(size)
+        return self.media["pixel_values"].image_size
 
     @property
     def num_patches(self) -> int:
         """Patches of one image."""
-        (height, width), (patch_height, patch_width) = self.image_size, _pair(self.vision_config.patch_size)
-        return (height // patch_height) * (width // patch_width)
+        return self.media["pixel_values"].num_features
 
     @property
     def image_seq_length(self) -> int:
         """Embeddings, and so placeholders, of one image."""
-        if self.connector_config.connector == "perceiver_resampler":
-            return self.connector_config.num_latents
-        return self.num_patches
-
-
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+        return self.media["pixel_values"].tokens_per_item

@@ -1,11 +1,11 @@
-"""Connectors: (images, patches, encoder width) -> (images, embeddings, language model width)."""
+"""Connectors: (items, features, encoder width) -> (items, embeddings, language model width)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from aki.models.configuration import AkiConfig, AkiConnectorConfig
+from aki.models.configuration import AkiConnectorConfig
 
 
 class PerceiverAttention(nn.Module):
@@ -68,7 +68,7 @@ class PerceiverResampler(nn.Module):
 
 
 class MLPConnector(nn.Module):
-    """LLaVA's connector: two layers, one embedding a patch."""
+    """LLaVA's connector: two layers, one embedding a feature."""
 
     def __init__(self, config: AkiConnectorConfig, vision_width: int, text_width: int):
         super().__init__()
@@ -81,13 +81,13 @@ class MLPConnector(nn.Module):
 CONNECTORS = {"perceiver_resampler": PerceiverResampler, "mlp": MLPConnector}
 
 
-def build_connector(config: AkiConfig) -> nn.Module:
+def build_connector(config: AkiConnectorConfig, encoder_width: int, text_width: int) -> nn.Module:
     """The connector that the configuration names.
 
     Raises:
         ValueError: there is no such connector.
     """
-    name = config.connector_config.connector
+    name = config.connector
     if name not in CONNECTORS:
         raise ValueError(f"there is no connector {name!r}; there are {', '.join(CONNECTORS)}.")
-    return CONNECTORS[name](config.connector_config, config.vision_config.hidden_size, config.text_config.hidden_size)
+    return CONNECTORS[name](config, encoder_width, text_width)

@@ -10,6 +10,7 @@ from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
 from aki.models.configuration import AkiConfig
+from aki.models.media import Media
 
 
 class AkiGenerationMixin(GenerationMixin):
@@ -33,21 +34,22 @@ class AkiGenerationMixin(GenerationMixin):
     def _check_context(self, length: int) -> None:
         context = getattr(self.config.text_config, "max_position_embeddings", None)
         if context is not None and length >= context:
+            items = ", ".join(f"one {m.name} is {m.tokens_per_item} tokens" for m in self.config.media.values())
             raise ValueError(
                 f"the prompt has {length} tokens, the model's context is {context}: shorten the text, send fewer "
-                f"images, or drop earlier turns (one image is {self.config.image_seq_length} tokens)."
+                f"images, or drop earlier turns ({items})."
             )
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Any,
-        pixel_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict[str, Any]:
         if self._outgrown(kwargs.get("past_key_values"), input_ids.shape[1]):
             kwargs |= {"past_key_values": None, "next_sequence_length": None}
+        given = {name: kwargs.pop(name, None) for name in self.config.media}
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -58,10 +60,10 @@ class AkiGenerationMixin(GenerationMixin):
             answered = max(input_ids.shape[1] - inputs["prompt_block_ids"].shape[1], 0)
             blocks = nn.functional.pad(inputs["prompt_block_ids"], (0, answered), value=-1)
             inputs["prompt_block_ids"] = blocks[:, -length:]
-        if pixel_values is not None and (is_first_iteration or length > 1):
-            inputs["pixel_values"] = self._images_from(input_ids, input_ids.shape[1] - length, pixel_values)
-        if inputs.get("pixel_values") is not None:
-            inputs["pixel_values"] = inputs["pixel_values"].to(prompt.device)
+        for name, values in given.items():
+            if values is not None and (is_first_iteration or length > 1):
+                values = self._media_from(input_ids, input_ids.shape[1] - length, self.config.media[name], values)
+                inputs[name] = None if values is None else values.to(prompt.device)
         return inputs
 
     def _outgrown(self, cache: Cache | None, length: int) -> bool:
@@ -79,31 +81,32 @@ class AkiGenerationMixin(GenerationMixin):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
-    def _images_from(self, input_ids: Tensor, start: int, pixel_values: Tensor) -> Tensor | None:
-        """Of the prompt's images, those whose placeholders are at `start` or later: the others are in the cache."""
+    def _media_from(self, input_ids: Tensor, start: int, media: Media, values: Tensor) -> Tensor | None:
+        """Of the prompt's items, those whose placeholders are at `start` or later: the others are in the cache."""
         if start == 0:
-            return pixel_values
-        is_image = input_ids == self.config.image_token_id
-        images = is_image.sum(1) // self.config.image_seq_length
-        if int(images.sum()) != pixel_values.shape[0]:
-            return pixel_values
-        cached = is_image[:, :start].sum(1) // self.config.image_seq_length
-        keep = torch.cat([torch.arange(int(n)) >= int(c) for n, c in zip(images, cached, strict=True)])
-        return pixel_values[keep.to(pixel_values.device)] if bool(keep.any()) else None
+            return values
+        is_placeholder = input_ids == media.token_id
+        items = is_placeholder.sum(1) // media.tokens_per_item
+        if int(items.sum()) != values.shape[0]:
+            return values
+        cached = is_placeholder[:, :start].sum(1) // media.tokens_per_item
+        keep = torch.cat([torch.arange(int(n)) >= int(c) for n, c in zip(items, cached, strict=True)])
+        return values[keep.to(values.device)] if bool(keep.any()) else None
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
     ):
         """Beams repeat rows; a row's images are several rows of pixel_values, which must stay together."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1 and input_ids is not None:
-            counts = (input_ids == self.config.image_token_id).sum(1) // self.config.image_seq_length
-            if int(counts.sum()) == pixel_values.shape[0]:
-                rows = pixel_values.split(counts.tolist())
-                pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        given = {name: model_kwargs.pop(name, None) for name in self.config.media}
+        given = {name: values for name, values in given.items() if values is not None}
+        if expand_size > 1 and input_ids is not None:
+            for name, values in given.items():
+                media = self.config.media[name]
+                counts = (input_ids == media.token_id).sum(1) // media.tokens_per_item
+                if int(counts.sum()) == values.shape[0]:
+                    rows = values.split(counts.tolist())
+                    given[name] = torch.cat([row for row in rows for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
+        return input_ids, model_kwargs | given

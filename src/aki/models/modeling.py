@@ -1,4 +1,4 @@
-"""AKI: vision encoder, connector, language model, and a visibility rule over them."""
+"""AKI: an encoder and a connector a modality, a language model, and a visibility rule over them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from transformers.utils import can_return_tuple
 
 from aki.attention import get_rule, prepare_attention
 from aki.attention.backends import takes_prepared
-from aki.layout import IGNORE_INDEX, IMAGE, SequenceLayout, build_layout
+from aki.layout import AUDIO, IGNORE_INDEX, VIDEO, SequenceLayout, build_layout
 from aki.models.configuration import AkiConfig
 from aki.models.connectors import PerceiverResampler, build_connector
 from aki.models.features import FeatureCache
 from aki.models.generation import AkiGenerationMixin
+from aki.models.media import Media
 
 
 @dataclass
@@ -61,21 +62,23 @@ class AkiPreTrainedModel(PreTrainedModel):
 
 
 class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
-    """A decoder-only language model that reads images, with the attention rule of its configuration."""
+    """A decoder-only language model that reads images, and videos and audio if configured, by its attention rule."""
 
     def __init__(self, config: AkiConfig):
         super().__init__(config)
         self.encoder_dtype: torch.dtype | None = None
         self.feature_cache: FeatureCache | None = None
-        self.vision_encoder = AutoModel.from_config(config.vision_config)
-        _check_takes_images_only(self.vision_encoder)
-        self.connector = build_connector(config)
+        for media in config.media.values():
+            encoder = _encoder_of(AutoModel.from_config(media.encoder_config))
+            _check_takes_one_input(encoder)
+            self.add_module(media.encoder, encoder)
+            self.add_module(media.connector, _connector_of(media, config))
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if config.output_bias:
             _add_output_bias(self.language_model)
         self.post_init()
-        # A placeholder stands for a picture that comes in; it is never an answer.
-        self.generation_config.suppress_tokens = [config.image_token_id]
+        # A placeholder stands for what comes in; it is never an answer.
+        self.generation_config.suppress_tokens = [media.token_id for media in config.media.values()]
 
     @classmethod
     def from_pretrained(
@@ -103,9 +106,17 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
 
     @classmethod
     def from_backbones(
-        cls, vision_encoder: str, language_model: str, *, image_token_id: int, vocab_size: int | None = None, **config
+        cls,
+        vision_encoder: str,
+        language_model: str,
+        *,
+        image_token_id: int,
+        vocab_size: int | None = None,
+        video_encoder: str | None = None,
+        audio_encoder: str | None = None,
+        **config,
     ) -> AkiForConditionalGeneration:
-        """Join a pretrained vision encoder and a pretrained language model through a new connector.
+        """Join pretrained encoders and a pretrained language model through new connectors.
 
         All of it takes the dtype of the language model's checkpoint.
 
@@ -114,28 +125,36 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
             language_model: hub id or folder of the language model.
             image_token_id: id of the placeholder, `len(tokenizer) - 1` after adding it as the last token.
             vocab_size: `len(tokenizer)` after adding tokens; the embeddings grow to it.
+            video_encoder: hub id or folder of an encoder of frames; goes with `video_token_id`.
+            audio_encoder: hub id or folder of an audio encoder; goes with `audio_token_id`.
             config: further fields of `AkiConfig`.
 
         Raises:
             ValueError: a checkpoint lacks weights, or the encoder wants more than pixels.
         """
+        named = {"vision": vision_encoder, "video": video_encoder, "audio": audio_encoder}
+        encoders = {kind: name for kind, name in named.items() if name is not None}
         joined = AkiConfig(
-            vision_config=AutoConfig.from_pretrained(vision_encoder),
+            **{f"{kind}_config": AutoConfig.from_pretrained(name) for kind, name in encoders.items()},
             text_config=AutoConfig.from_pretrained(language_model),
             image_token_id=image_token_id,
             **config,
         )
         with torch.device("meta"):
             model = cls(joined)
-        model.vision_encoder = _load_backbone(AutoModel, vision_encoder, joined.vision_config)
+        for kind, name in encoders.items():
+            encoder = _encoder_of(_load_backbone(AutoModel, name, getattr(joined, f"{kind}_config")))
+            # from_pretrained copies the configuration that it is given.
+            setattr(joined, f"{kind}_config", encoder.config)
+            model.add_module(f"{kind}_encoder", encoder)
         model.language_model = _load_backbone(AutoModelForCausalLM, language_model, joined.text_config)
-        # from_pretrained copies the configuration that it is given.
-        joined.vision_config, joined.text_config = model.vision_encoder.config, model.language_model.config
+        joined.text_config = model.language_model.config
         if joined.output_bias:
             _add_output_bias(model.language_model)
         if vocab_size is not None and vocab_size > joined.text_config.vocab_size:
             model.resize_token_embeddings(vocab_size)
-        model.connector = build_connector(joined).apply(model._init_weights)
+        for media in joined.media.values():
+            model.add_module(media.connector, _connector_of(media, joined).apply(model._init_weights))
         return model.to(model.language_model.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -162,26 +181,39 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
         Raises:
             ValueError: the images are not of the encoder's size.
         """
-        size, expected = tuple(pixel_values.shape[-2:]), self.config.image_size
-        if size != expected:
+        return self._media_features("pixel_values", pixel_values)
+
+    def _media_features(self, name: str, values: Tensor) -> Tensor:
+        """Embeddings of one kind of media: (items, embeddings an item, text width)."""
+        if name not in self.config.media:
             raise ValueError(
-                f"pixel_values are {size[0]} x {size[1]}, the vision encoder takes {expected[0]} x {expected[1]}: "
-                "give the image processor that size."
+                f"this model has no encoder for {name}: give its AkiConfig a video_config or an audio_config, "
+                "with a placeholder."
             )
-        cache = self.feature_cache
-        features = self.patch_features(pixel_values) if cache is None else cache(pixel_values, self.patch_features)
-        return self.connector(features.to(next(self.connector.parameters()).dtype))
+        media = self.config.media[name]
+        _check_size(name, media, values)
+        if name == "pixel_values" and self.feature_cache is not None:
+            features = self.feature_cache(values, self.patch_features)
+        else:
+            features = self._encode(media, values.flatten(0, 1) if media.modality == VIDEO else values)
+        connector = self.get_submodule(media.connector)
+        embeds = connector(features.to(next(connector.parameters()).dtype))
+        return embeds.unflatten(0, (-1, media.frames)).flatten(1, 2)
 
     def patch_features(self, pixel_values: Tensor) -> Tensor:
-        """The vision encoder's features, (images, patches, width); a frozen encoder runs without gradient."""
-        encoder = self.vision_encoder
+        """The vision encoder's features of images, (images, patches, width)."""
+        return self._encode(self.config.media["pixel_values"], pixel_values)
+
+    def _encode(self, media: Media, values: Tensor) -> Tensor:
+        """An encoder's features, (items, features, width); a frozen encoder runs without gradient."""
+        encoder = self.get_submodule(media.encoder)
         learns = any(parameter.requires_grad for parameter in encoder.parameters())
         lower = self.encoder_dtype
-        precision = torch.autocast(pixel_values.device.type, lower) if lower is not None else nullcontext()
+        precision = torch.autocast(values.device.type, lower) if lower is not None else nullcontext()
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns), precision:
-            features = encoder(pixel_values.to(encoder.dtype)).last_hidden_state
+            features = encoder(values.to(encoder.dtype)).last_hidden_state
         # Class and register tokens come before the patches.
-        return features[:, -self.config.num_patches :]
+        return features[:, -media.num_features :]
 
     def layout(
         self,
@@ -195,8 +227,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
         """What each token of these inputs is; all (batch, length)."""
         return build_layout(
             input_ids,
-            {IMAGE: self.config.image_token_id},
-            self.config.image_seq_length,
+            {media.modality: media.token_id for media in self.config.media.values()},
+            {media.modality: media.tokens_per_item for media in self.config.media.values()},
             attention_mask=attention_mask,
             position_ids=position_ids,
             prompt_block_ids=prompt_block_ids,
@@ -218,39 +250,49 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
         prompt_block_ids: Tensor | None = None,
         attention_rule: str | None = None,
         logits_to_keep: int | Tensor = 0,
+        pixel_values_videos: Tensor | None = None,
+        input_features: Tensor | None = None,
         **kwargs,
     ) -> AkiOutput:
-        """Embed, put the images in place, lay the rule over the mask, decode.
+        """Embed, put the media in place, lay the rule over the mask, decode.
 
         Args:
-            input_ids: (batch, length) int; `config.image_token_id` once for every embedding of an image.
+            input_ids: (batch, length) int; the placeholder of `config.media` once for every embedding of an item.
             pixel_values: (images of the whole batch in order, channels, height, width) float.
             attention_mask: (batch, cached + length), 0 is padding; or masks already prepared, which are used as is.
             position_ids: (batch, length) int. Absent: counted over the attention mask, so padding may be on any side.
                 Without attention_mask, a restart begins a packed document, which sees nothing of the others.
             past_key_values: what was seen before; it stays causal.
             inputs_embeds: (batch, length, width) instead of input_ids, for text alone.
-            labels: (batch, length) int, -100 is not learned. What stands on image placeholders is ignored.
+            labels: (batch, length) int, -100 is not learned. What stands on placeholders is ignored.
             prompt_block_ids: (batch, length) int from the processor, -1 for answers and padding.
             attention_rule: instead of the configuration's, for this call.
             logits_to_keep: only the logits of the last so many positions (0: all), or of these positions.
+            pixel_values_videos: (videos, config.video_frames, channels, height, width) float.
+            input_features: (audio clips, mel bins, time) float.
 
         Raises:
-            ValueError: images and placeholders do not fit, or the rule cannot be applied.
+            ValueError: media and placeholders do not fit, or the rule cannot be applied.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds.")
-        image_embeds = None
+        given = {
+            "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos,
+            "input_features": input_features,
+        }
+        media_values = {name: values for name, values in given.items() if values is not None}
+        embeds: dict[str, Tensor] = {}
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            if pixel_values is not None:
-                image_embeds = self.get_image_features(pixel_values)
-            inputs_embeds = self._put_images(input_ids, inputs_embeds, image_embeds)
+            embeds = {name: self._media_features(name, values) for name, values in media_values.items()}
+            inputs_embeds = self._put_media(input_ids, inputs_embeds, embeds)
             if labels is not None:
-                labels = labels.masked_fill(input_ids == self.config.image_token_id, IGNORE_INDEX)
-        elif pixel_values is not None:
-            raise ValueError("pixel_values need input_ids, whose placeholders say where the images go.")
+                for media in self.config.media.values():
+                    labels = labels.masked_fill(input_ids == media.token_id, IGNORE_INDEX)
+        elif media_values:
+            raise ValueError(f"{next(iter(media_values))} need input_ids, whose placeholders say where they go.")
 
         length = inputs_embeds.shape[1]
         padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
@@ -263,7 +305,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
         rule = get_rule(attention_rule or self.config.attention_rule)
         masks: Tensor | BlockMask | dict | None = attention_mask
         prepared = masks is not None and padding is None
-        opens_ahead = rule.name != "causal" and image_embeds is not None
+        opens_ahead = rule.name != "causal" and bool(embeds)
         without_mask = takes_prepared(self.config.text_config, past_key_values)
         if input_ids is not None and (opens_ahead or without_mask) and not prepared:
             # Prompt blocks only matter where something can be opened.
@@ -305,17 +347,19 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_embeds,
+            image_hidden_states=embeds.get("pixel_values"),
         )
 
-    def _put_images(self, input_ids: Tensor, inputs_embeds: Tensor, image_embeds: Tensor | None) -> Tensor:
-        placeholders = input_ids == self.config.image_token_id
-        if image_embeds is None:
-            if self.training or input_ids.shape[1] > 1:
-                _check_count(int(placeholders.sum()), 0, self.config.image_seq_length)
-            return inputs_embeds
-        _check_count(int(placeholders.sum()), image_embeds.shape[0], self.config.image_seq_length)
-        return inputs_embeds.masked_scatter(placeholders[..., None], image_embeds.to(inputs_embeds))
+    def _put_media(self, input_ids: Tensor, inputs_embeds: Tensor, embeds: dict[str, Tensor]) -> Tensor:
+        for name, media in self.config.media.items():
+            placeholders = input_ids == media.token_id
+            if name in embeds:
+                items, tokens, _ = embeds[name].shape
+                _check_count(int(placeholders.sum()), items, tokens, media.name)
+                inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], embeds[name].to(inputs_embeds))
+            elif self.training or input_ids.shape[1] > 1:
+                _check_count(int(placeholders.sum()), 0, media.tokens_per_item, media.name)
+        return inputs_embeds
 
 
 def _starts_again(position_ids: Tensor) -> bool:
@@ -323,11 +367,35 @@ def _starts_again(position_ids: Tensor) -> bool:
     return bool((torch.diff(position_ids) != 1).any())
 
 
-def _check_count(placeholders: int, images: int, tokens_per_image: int) -> None:
-    if placeholders != images * tokens_per_image:
+def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or its encoder where a decoder comes with it, as Whisper's."""
+    return model.get_encoder() if model.config.is_encoder_decoder else model
+
+
+def _connector_of(media: Media, config: AkiConfig) -> nn.Module:
+    return build_connector(media.connector_config, media.encoder_config.hidden_size, config.text_config.hidden_size)
+
+
+def _check_size(name: str, media: Media, values: Tensor) -> None:
+    """Audio encoders check the length themselves."""
+    if media.modality == VIDEO and (values.ndim != 5 or values.shape[1] != media.frames):
         raise ValueError(
-            f"{images} image(s) need {images * tokens_per_image} placeholders in input_ids ({tokens_per_image} an "
-            f"image), found {placeholders}: pass the images that the prompt names, and let the processor write the "
+            f"{name} have the shape {tuple(values.shape)}, expected (videos, {media.frames}, channels, height, width): "
+            f"give each video as many frames as config.video_frames."
+        )
+    if media.modality != AUDIO and tuple(values.shape[-2:]) != media.image_size:
+        (height, width), expected = values.shape[-2:], media.image_size
+        raise ValueError(
+            f"{name} are {height} x {width}, the vision encoder takes {expected[0]} x {expected[1]}: "
+            "give the image processor that size."
+        )
+
+
+def _check_count(placeholders: int, items: int, tokens_per_item: int, name: str) -> None:
+    if placeholders != items * tokens_per_item:
+        raise ValueError(
+            f"{items} {name}(s) need {items * tokens_per_item} placeholders in input_ids ({tokens_per_item} for each "
+            f"{name}), found {placeholders}: pass the {name}s that the prompt names, and let the processor write the "
             "placeholders."
         )
 
@@ -352,16 +420,17 @@ def _add_output_bias(language_model: PreTrainedModel) -> None:
     head.bias = nn.Parameter(head.weight.new_zeros(head.out_features))
 
 
-def _check_takes_images_only(encoder: PreTrainedModel) -> None:
+def _check_takes_one_input(encoder: PreTrainedModel) -> None:
     required = [
         name
         for name, parameter in inspect.signature(encoder.forward).parameters.items()
         if parameter.default is inspect.Parameter.empty
         and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        and name != "pixel_values"
+        and name != encoder.main_input_name
     ]
     if required:
         raise ValueError(
-            f"the vision encoder {encoder.config.model_type!r} wants more than pixel_values ({', '.join(required)}): "
-            "AKI takes fixed-resolution encoders (SigLIP, SigLIP 2 fixed, CLIP, DINOv2), not NaFlex ones."
+            f"the encoder {encoder.config.model_type!r} wants more than {encoder.main_input_name} "
+            f"({', '.join(required)}): AKI takes fixed-resolution encoders "
+            "(SigLIP, SigLIP 2 fixed, CLIP, DINOv2), not NaFlex ones."
         )

@@ -1,0 +1,65 @@
+"""The kinds of media that a model takes: what encodes each, and how many placeholders one item of it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from aki.layout import AUDIO
+
+
+@dataclass(frozen=True)
+class Media:
+    """One kind of media of an `AkiConfig`.
+
+    Attributes:
+        modality: its number in `SequenceLayout.modality`.
+        name: what one item is called in messages.
+        encoder, connector: names of the model's parts.
+        token_id: its placeholder in input_ids, one for every embedding.
+        frames: pictures an item, each encoded alone; 1 for anything but a video.
+    """
+
+    modality: int
+    name: str
+    encoder: str
+    connector: str
+    encoder_config: Any
+    connector_config: Any
+    token_id: int
+    frames: int = 1
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the pictures that the encoder takes.
+
+        Raises:
+            ValueError: the encoder has no fixed size.
+        """
+        size = getattr(self.encoder_config, "image_size", None)
+        if size is None:
+            raise ValueError(
+                f"the vision encoder {self.encoder_config.model_type!r} has no fixed image_size (NaFlex encoders take "
+                "pictures of any size, which AKI does not): use a fixed-resolution checkpoint, for instance "
+                "google/siglip2-so400m-patch14-384."
+            )
+        return _pair(size)
+
+    @property
+    def num_features(self) -> int:
+        """Patches of one picture, or steps in time of one audio clip."""
+        if self.modality == AUDIO:
+            return self.encoder_config.max_source_positions
+        (height, width), (patch_height, patch_width) = self.image_size, _pair(self.encoder_config.patch_size)
+        return (height // patch_height) * (width // patch_width)
+
+    @property
+    def tokens_per_item(self) -> int:
+        """Embeddings, and so placeholders, of one item."""
+        if self.connector_config.connector == "perceiver_resampler":
+            return self.frames * self.connector_config.num_latents
+        return self.frames * self.num_features
+
+
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
