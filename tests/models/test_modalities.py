@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from model_builders import IMAGE, PAD, PER_IMAGE, VISION, assert_same, pad, pictures, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM, VoxtralEncoderConfig, WhisperConfig
+from transformers import AutoModel, AutoModelForCausalLM, VoxtralEncoderConfig, Wav2Vec2Config, WhisperConfig
 
 from aki import AkiConfig, AkiForConditionalGeneration
 
@@ -186,6 +186,32 @@ def test_caches_change_nothing(options):
     assert_same(torch.stack(cached.logits, 1), wanted)
 
 
+def test_a_second_turn_on_the_cache_encodes_what_is_new_alone():
+    model = omni_model()
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    inputs = {"input_ids": written([["audio", "video", 7, 3]], PER_ITEM)[0]}
+    first = {name: INPUTS[name][:1] for name in ("pixel_values_videos", "input_features")}
+    answered = model.generate(**inputs, **first, **how)
+    more, _ = written([["audio", "image", 8, 3]], PER_ITEM)
+    ids = torch.cat([answered.sequences, more], 1)
+    blocks = torch.full_like(ids, -1)
+    blocks[:, : inputs["input_ids"].shape[1]] = 0
+    blocks[:, answered.sequences.shape[1] :] = 1
+    second = {"input_ids": ids, "prompt_block_ids": blocks, **INPUTS}
+    second |= {"pixel_values": INPUTS["pixel_values"][:1], "pixel_values_videos": first["pixel_values_videos"]}
+    uncached = model.generate(**second, **how, use_cache=False)
+    encoded = []
+
+    def hook(_, args):
+        encoded.append(args[0].shape[0])
+
+    with model.audio_encoder.register_forward_pre_hook(hook), model.video_encoder.register_forward_pre_hook(hook):
+        cached = model.generate(**second, **how, past_key_values=answered.past_key_values)
+    assert encoded == [1]
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert_same(torch.stack(cached.logits), torch.stack(uncached.logits))
+
+
 def test_beams_keep_each_row_with_its_media():
     model = omni_model()
     how = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 2}
@@ -288,3 +314,9 @@ class TestRefused:
     def test_no_placeholder_of_its_own(self, token):
         with pytest.raises(ValueError, match="each needs a token of its own"):
             tiny_model(audio_config=AUDIO_CONFIGS["voxtral"](), audio_token_id=token)
+
+    def test_an_audio_encoder_of_any_length(self):
+        config = tiny_model().config
+        config.audio_config, config.audio_connector_config = Wav2Vec2Config(), config.connector_config
+        with pytest.raises(ValueError, match="'wav2vec2' has no fixed max_source_positions"):
+            _ = config.media["input_features"].num_features

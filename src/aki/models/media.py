@@ -47,9 +47,19 @@ class Media:
 
     @property
     def num_features(self) -> int:
-        """Patches of one picture, or steps in time of one audio clip."""
+        """Patches of one picture, or steps in time of one audio clip.
+
+        Raises:
+            ValueError: the encoder takes inputs of any size.
+        """
         if self.modality == AUDIO:
-            return self.encoder_config.max_source_positions
+            steps = getattr(self.encoder_config, "max_source_positions", None)
+            if steps is None:
+                raise ValueError(
+                    f"the audio encoder {self.encoder_config.model_type!r} has no fixed max_source_positions: use one "
+                    "of a fixed length, as Whisper's or Voxtral's."
+                )
+            return steps
         (height, width), (patch_height, patch_width) = self.image_size, _pair(self.encoder_config.patch_size)
         return (height // patch_height) * (width // patch_width)
 
