@@ -75,7 +75,9 @@ def test_chat_streams_and_reads_stdin(model_folder, monkeypatch):
         (["{model}", "  "], "the question is empty"),
         (["{model}", "what?", "--rule", "nma"], "Did you mean 'mma'"),
         (["{model}", "what? " * 300], "the model's context is 256"),
-        (["{folder}/nowhere", "what?"], "nowhere"),
+        (["{folder}/nowhere", "what?"], "there is no model folder at"),
+        (["{folder}/scene.png", "what?"], "there is no model folder at"),
+        (["{model}", "what \udcff?"], "not UTF-8"),
         (["{folder}", "what?"], "not an AKI model"),
     ],
 )
@@ -103,7 +105,11 @@ def test_wrong_commands_are_sentences(tmp_path, capsys):
     assert "does not know --frobnicate" in says(capsys, ["mask", "--frobnicate"])
     assert "stepz" in says(capsys, ["train", DIGITS, "--sft.stepz", "3"])
     assert "no attention rule" in says(capsys, ["mask", "--rule", "nma"])
-    (tmp_path / "pretrain/training").mkdir(parents=True)
+    assert "names no picture file" in says(capsys, ["mask", "--picture", tmp_path])
+    assert "different rules" in says(capsys, ["compare", DIGITS, "--output", tmp_path, "--rules", "mma", "mma"])
+    assert "no attention rule" in says(capsys, ["compare", DIGITS, "--output", tmp_path, "--rules", "causal", "mna"])
+    (tmp_path / "pretrain/training/checkpoint-1").mkdir(parents=True)
+    (tmp_path / "pretrain/training/checkpoint-1/WHOLE").touch()
     assert "already holds a run: pass --resume" in says(capsys, ["train", DIGITS, "--output", tmp_path])
     assert "train" in says(capsys, [])
 

@@ -146,9 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise RecipeError(f"aki {name} does not know {' '.join(rest)}; see aki {name} --help.")
         command.run(rest)
     except KeyboardInterrupt:
-        print(
-            "\naki: interrupted; what was finished is kept, --resume goes on from the last checkpoint.", file=sys.stderr
-        )
+        print("\naki: interrupted. `aki train --resume` goes on, and so does the same `aki compare`.", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"aki: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import yaml
 from aki.attention import LeakError
 from aki.evaluation.compare import _plain
 from aki.models import AkiForConditionalGeneration, AkiProcessor
-from aki.training.stages import Job, RunError, run_stage
+from aki.training.recipe import RecipeError
+from aki.training.stages import Job, RunError, build_model, run_stage
 from aki.training.trainer import AkiTrainer, last_whole_checkpoint
 
 
@@ -105,6 +107,27 @@ def test_a_used_output_is_refused(tiny_recipe, tmp_path):
         run(tiny_recipe, "pretrain", tmp_path, resume=True)
     with pytest.raises(RunError, match="holds no model to start from"):
         run(tiny_recipe, "sft", tmp_path / "new", start_from=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("vision", "hiden_size", 8, "unknown key 'hiden_size' in model.vision. Did you mean 'hidden_size'"),
+        ("text", "model_type", "lama", "unknown model_type 'lama' in model.text. Did you mean 'llama'"),
+        ("connector", "connecter", "mlp", "unknown key 'connecter' in model.connector. Did you mean 'connector'"),
+    ],
+)
+def test_a_models_fields_are_as_strict_as_a_recipes(tiny_recipe, part, name, value, message):
+    getattr(tiny_recipe.model, part)[name] = value
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        build_model(tiny_recipe)
+
+
+def test_a_run_that_failed_before_it_began_can_be_corrected(tiny_recipe, tmp_path):
+    wrong = replace(tiny_recipe.pretrain, rule="mma")
+    with pytest.raises(LeakError):
+        run(replace(tiny_recipe, pretrain=wrong), "pretrain", tmp_path)
+    assert run(tiny_recipe, "pretrain", tmp_path)["losses"]
 
 
 def test_the_trainer_refuses_mma_on_captions(tiny_recipe, tmp_path):

@@ -15,7 +15,15 @@ from aki.models import AkiForConditionalGeneration, AkiProcessor
 
 
 def load(folder: str | Path) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
-    """Model and processor from a folder or a hub id, on the GPU if there is one."""
+    """Model and processor from a folder or a hub id, on the GPU if there is one.
+
+    Raises:
+        ValueError: there is no such folder, or no whole AKI model in it.
+    """
+    local = Path(folder)
+    looks_local = local.is_absolute() or str(folder).startswith(".") or len(local.parts) > 2
+    if local.is_file() or (looks_local and not local.exists()):
+        raise ValueError(f"there is no model folder at {folder}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AkiForConditionalGeneration.from_pretrained(folder).to(device).eval()
     return model, AkiProcessor.from_pretrained(folder)
@@ -44,6 +52,8 @@ def answer(
     """
     if not question.strip():
         raise ValueError("the question is empty.")
+    if any("\ud800" <= character <= "\udfff" for character in question):
+        raise ValueError("the question is not UTF-8 text.")
     inputs = processor.apply_chat_template(
         [user(image, question)],
         add_generation_prompt=True,

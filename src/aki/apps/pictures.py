@@ -21,7 +21,13 @@ def example_layout(image_tokens: int = 4) -> tuple[SequenceLayout, list[str]]:
 
 
 def draw_masks(rules: list[str], path: Path) -> dict[str, tuple[int, int]]:
-    """Draw the masks of rules side by side; returns rule -> (pairs allowed, pairs beyond causal)."""
+    """Draw the masks of rules side by side; returns rule -> (pairs allowed, pairs beyond causal).
+
+    Raises:
+        ValueError: no such rule, or the path names no picture file.
+    """
+    if path.is_dir() or not path.suffix:
+        raise ValueError(f"{path} names no picture file: give it a name and a format, for instance mask.png.")
     import matplotlib
 
     matplotlib.use("Agg")

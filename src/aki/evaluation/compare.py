@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
+from aki.attention import get_rule
 from aki.training.recipe import Recipe
 from aki.training.stages import RESULT
 
@@ -63,8 +64,13 @@ def run_comparison(
         parallel: cells at a time; they share the machine's cores.
 
     Raises:
+        ValueError: no such rule, or one twice; no seeds.
         CellError: a cell failed; its log is named.
     """
+    for rule in rules:
+        get_rule(rule)
+    if len(set(rules)) < len(rules) or seeds < 1 or parallel < 1:
+        raise ValueError("a comparison needs different rules, at least one seed, and at least one training at a time.")
     output.mkdir(parents=True, exist_ok=True)
     pretrainings, runs = plan(recipe, rules, seeds)
     total = sum(cell.steps for cell in pretrainings + runs)
@@ -133,9 +139,8 @@ def _run_cell(recipe: Recipe, output: Path, cell: Cell, threads: int, line: int,
             raise
     bar.update(cell.steps - done)
     if process.returncode:
-        raise CellError(
-            f"the cell {cell.name} failed: {errors.read_text().strip().splitlines()[-1]} (all of it: {errors})"
-        )
+        said = errors.read_text().strip().splitlines() or [f"exit code {process.returncode}"]
+        raise CellError(f"the cell {cell.name} failed: {said[-1]} (all of it: {errors})")
 
 
 def _read(output: Path, cell: Cell) -> dict[str, Any]:

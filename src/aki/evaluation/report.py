@@ -31,19 +31,21 @@ def table(results: Results) -> str:
 
 
 def write_report(results: Results, steps: int, folder: Path) -> str:
-    """Write `report.md` and `curves.png` to the folder; returns the report's text."""
+    """Write `report.md`, and `curves.png` where there are any, to the folder; returns the report's text."""
     seeds = len(next(iter(results.values())))
     parts = [f"Held-out accuracy in percent after {steps} SFT steps, mean of {seeds} seed(s)", table(results)]
     if seeds > 1:
         parts.append(seeds_table(results))
+    has_curves = all(run["curve"] for runs in results.values() for run in runs)
     for rule in results:
-        if rule != "causal" and "causal" in results:
+        if has_curves and rule != "causal" and "causal" in results:
             step, last = steps_to_reach(results, rule)
             reached = f"at step {step} of {last}" if step else f"later than the {last} steps of this run"
             parts.append(f"On the learning curve {rule} reaches causal's final accuracy {reached}.")
     report = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(report)
-    draw_curves(results, folder / "curves.png")
+    if has_curves:
+        draw_curves(results, folder / "curves.png")
     return report
 
 

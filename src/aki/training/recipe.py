@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import yaml
 
 from aki.attention import BACKENDS, get_rule
+
+PARTS = ("vision_encoder", "connector", "language_model")
 
 
 @dataclass
@@ -78,10 +81,17 @@ class StageRecipe:
         get_rule(self.rule)
         _one_of("task", self.task, ("caption", "question"))
         for part in self.frozen:
-            _one_of("frozen", part, ("vision_encoder", "connector", "language_model"))
+            _one_of("frozen", part, PARTS)
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_length", "row_tokens"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1, it is {getattr(self, name)}.")
+        for name in ("log_every", "eval_every", "save_every", "warmup_steps", "min_learning_rate", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"{name} cannot be negative, it is {getattr(self, name)}.")
+        if self.learning_rate <= 0:
+            raise RecipeError(f"learning_rate must be positive, it is {self.learning_rate}.")
+        if set(self.frozen) == set(PARTS):
+            raise RecipeError("frozen names every part: there is nothing left to train.")
 
 
 @dataclass
@@ -188,6 +198,20 @@ def _build_dataclass(kind: type, value: Any, where: str) -> Any:
         if name not in value and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise RecipeError(f"the key {_join(where, name)!r} is missing.")
     return kind(**{key: build(hints[key], item, _join(where, key)) for key, item in value.items()})
+
+
+def known(kind: str, name: str, names: Iterable[str], where: str) -> str:
+    """The name, if it is among those.
+
+    Raises:
+        RecipeError: it is not; the nearest is named.
+    """
+    names = list(names)
+    if name not in names:
+        near = get_close_matches(name, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"unknown {kind} {name!r} in {where}.{hint}")
+    return name
 
 
 def _join(where: str, key: Any) -> str:

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, TrainingArguments, set_seed
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, TrainingArguments, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from aki.data.collate import ChatCollator
 from aki.data.digits import PIXEL_MEAN, PIXEL_STD, DigitScenes, corpus
 from aki.data.packing import PackedCollator, PackedRows
 from aki.data.tokenizer import train_tokenizer
-from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
 from aki.models.templates import CAPTION, SHORT
-from aki.training.recipe import Recipe, StageRecipe
+from aki.training.recipe import Recipe, StageRecipe, known
 from aki.training.scoring import accuracy_by_skill
 from aki.training.trainer import AkiTrainer, Progress, last_whole_checkpoint, replace_progress
 
@@ -101,9 +101,10 @@ def build_model(recipe: Recipe) -> tuple[AkiForConditionalGeneration, AkiProcess
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    text_config = _config(text)
+    text_config = _config("text", text)
+    _check_fields("connector", recipe.model.connector, AkiConnectorConfig())
     config = AkiConfig(
-        vision_config=_config(recipe.model.vision),
+        vision_config=_config("vision", recipe.model.vision),
         text_config=text_config,
         connector_config=recipe.model.connector,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
@@ -205,9 +206,16 @@ def _load(folder: Path) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
     return AkiForConditionalGeneration.from_pretrained(folder), AkiProcessor.from_pretrained(folder)
 
 
-def _config(sizes: dict[str, Any]):
-    sizes = dict(sizes)
-    return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+def _config(part: str, sizes: dict[str, Any]):
+    """The transformers configuration of a part, whose fields are as strict as the recipe's own."""
+    kind = known("model_type", sizes.get("model_type", ""), CONFIG_MAPPING, f"model.{part}")
+    _check_fields(part, sizes, AutoConfig.for_model(kind))
+    return AutoConfig.for_model(**sizes)
+
+
+def _check_fields(part: str, sizes: dict[str, Any], defaults: PreTrainedConfig) -> None:
+    for name in sizes:
+        known("key", name, [field for field in dir(defaults) if not field.startswith("_")], f"model.{part}")
 
 
 def _image_size(processor: AkiProcessor) -> int:
@@ -230,12 +238,13 @@ def _relevant(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 def _finished(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
     result = job.output / RESULT
-    begun = _training(job).exists()
+    # A run that failed before its first checkpoint has nothing to lose.
+    begun = last_whole_checkpoint(_training(job)) is not None
     if not job.resume and (result.exists() or begun):
         raise RunError(f"{job.output} already holds a run: pass --resume to continue it, or choose another --output.")
     if not begun and not result.exists():
         job.output.mkdir(parents=True, exist_ok=True)
-        _training(job).mkdir(exist_ok=True)
+        _training(job).mkdir(parents=True, exist_ok=True)
         write_json(_training(job) / "run.json", fingerprint)
         return None
     recorded = _training(job) / "run.json"
