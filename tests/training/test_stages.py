@@ -100,8 +100,11 @@ def test_a_finished_stage_is_not_trained_again(tiny_recipe, tmp_path, monkeypatc
 
 def test_a_used_output_is_refused(tiny_recipe, tmp_path):
     run(tiny_recipe, "pretrain", tmp_path)
+    being_written = tmp_path / "training/checkpoint-9"
+    being_written.mkdir()
     with pytest.raises(RunError, match="already holds a run: pass --resume"):
         run(tiny_recipe, "pretrain", tmp_path)
+    assert being_written.exists(), "a call that is refused deletes nothing"
     tiny_recipe.pretrain = replace(tiny_recipe.pretrain, learning_rate=0.5)
     with pytest.raises(RunError, match="holds a run of another recipe"):
         run(tiny_recipe, "pretrain", tmp_path, resume=True)

@@ -24,7 +24,7 @@ from aki.models.features import FeatureCache, lowest_precision
 from aki.models.templates import CAPTION, SHORT
 from aki.training.recipe import Recipe, StageRecipe, known
 from aki.training.scoring import accuracy_by_skill
-from aki.training.trainer import AkiTrainer, Progress, last_whole_checkpoint, replace_progress
+from aki.training.trainer import AkiTrainer, Progress, has_whole_checkpoint, last_whole_checkpoint, replace_progress
 
 RESULT = "result.json"
 
@@ -239,7 +239,7 @@ def _relevant(recipe: Recipe, stage: str) -> dict[str, Any]:
 def _finished(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
     result = job.output / RESULT
     # A run that failed before its first checkpoint has nothing to lose.
-    begun = last_whole_checkpoint(_training(job)) is not None
+    begun = has_whole_checkpoint(_training(job))
     if not job.resume and (result.exists() or begun):
         raise RunError(f"{job.output} already holds a run: pass --resume to continue it, or choose another --output.")
     if not begun and not result.exists():

@@ -98,6 +98,11 @@ class MarkWholeCheckpoints(TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
 
 
+def has_whole_checkpoint(folder: Path) -> bool:
+    """Whether there is anything to resume from. Deletes nothing: another process may be writing there."""
+    return any(folder.glob(f"checkpoint-*/{_WHOLE}"))
+
+
 def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to the end; those that were not are deleted."""
     for checkpoint in folder.glob("checkpoint-*"):
