@@ -321,7 +321,7 @@ class TestBadInput:
 
     def test_an_image_part_without_an_image(self, processor):
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "this ?"}]}]
-        with pytest.raises(ValueError, match="an image part of a message has no image"):
+        with pytest.raises(ValueError, match="the image part of a message has no image"):
             processor.apply_chat_template(chat, **TOKENIZE)
 
     def test_a_placeholder_typed_by_hand(self, processor):

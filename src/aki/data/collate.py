@@ -45,6 +45,6 @@ class ChatCollator:
                 f"{self.max_length} that are allowed: raise max_length or shorten the sample."
             )
         batch["labels"] = labels_from_prompt_blocks(
-            batch["input_ids"], batch["attention_mask"], batch["prompt_block_ids"], self.processor.image_token_id
+            batch["input_ids"], batch["attention_mask"], batch["prompt_block_ids"], *self.processor.media_token_ids
         )
         return dict(batch)

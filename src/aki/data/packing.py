@@ -18,7 +18,9 @@ from aki.data.collate import ChatCollator
 from aki.layout import IGNORE_INDEX
 
 Row = dict[str, Tensor]
-"""A sample or several as model inputs, (1, tokens) each; pixel_values is (images, channels, height, width)."""
+"""A sample or several as model inputs, (1, tokens) each; of media (pixel_values and their like) an entry an item."""
+
+TOKEN_INPUTS = ("input_ids", "prompt_block_ids", "labels")
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -49,13 +51,19 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
 
 def join(samples: Sequence[Row]) -> Row:
     """One row out of samples; the first token of each is no label, because nothing of its own document predicts it."""
-    tokens = {name: torch.cat([s[name] for s in samples], 1) for name in ("input_ids", "prompt_block_ids", "labels")}
+    tokens = {name: torch.cat([s[name] for s in samples], 1) for name in TOKEN_INPUTS}
     lengths = [sample["input_ids"].shape[1] for sample in samples]
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     tokens["labels"][:, starts] = IGNORE_INDEX
     tokens["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
-    pictures = [sample["pixel_values"] for sample in samples if sample.get("pixel_values") is not None]
-    return tokens | ({"pixel_values": torch.cat(pictures)} if pictures else {})
+    return tokens | _media_of(samples)
+
+
+def _media_of(rows: Sequence[Row]) -> Row:
+    """The items of all rows in order, of each kind that any row has."""
+    others = (*TOKEN_INPUTS, "attention_mask", "position_ids")
+    items = [(name, values) for row in rows for name, values in row.items() if name not in others]
+    return {kind: torch.cat([values for name, values in items if name == kind]) for kind, _ in items}
 
 
 @dataclass
@@ -67,9 +75,7 @@ class PackedCollator:
     def __call__(self, rows: Sequence[Row]) -> Row:
         longest = max(row["input_ids"].shape[1] for row in rows)
         padded = [self._pad(row, longest - row["input_ids"].shape[1]) for row in rows]
-        pictures = [row["pixel_values"] for row in rows if "pixel_values" in row]
-        batch = {name: torch.cat([row[name] for row in padded]) for name in padded[0]}
-        return batch | ({"pixel_values": torch.cat(pictures)} if pictures else {})
+        return {name: torch.cat([row[name] for row in padded]) for name in padded[0]} | _media_of(rows)
 
     def _pad(self, row: Row, missing: int) -> Row:
         fill = {"input_ids": self.pad_token_id, "prompt_block_ids": -1, "labels": IGNORE_INDEX}

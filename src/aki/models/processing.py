@@ -1,31 +1,41 @@
-"""AkiProcessor: chat messages with images in, what the model's forward takes out."""
+"""AkiProcessor: chat messages with images, videos and audio in, what the model's forward takes out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN
+from aki.layout import END_SCOPE_TOKEN, IGNORE_INDEX, SCOPE_TOKEN
+from aki.models.chats import SCOPE_PARTS, Openers, prepare
+from aki.models.clips import ClipError, open_audio, open_video, pick_frames
 from aki.models.images import open_image
-from aki.models.templates import ANSWER_TOKEN, IMAGE_TOKEN
-
-_SCOPE_PARTS = tuple({"type": "text", "text": token} for token in (SCOPE_TOKEN, END_SCOPE_TOKEN))
+from aki.models.templates import ANSWER_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN
 
 
 class AkiProcessor(ProcessorMixin):
-    """An image processor and a tokenizer that write one placeholder for every embedding of an image.
+    """What prepares each medium, and a tokenizer: they write one placeholder for every embedding of an item.
 
     Args:
         image_processor: any of transformers' that gives `pixel_values` of one fixed size.
         tokenizer: a fast tokenizer that has `image_token`, and `answer_token` if the chat template uses it.
         image_seq_length: placeholders an image, `AkiConfig.image_seq_length`.
         chat_template: a Jinja template whose answers stand between generation tags, or a dict of named ones.
-        image_token: stands for an image in text.
+        image_token, video_token, audio_token: stand for an image, a video, an audio clip in text.
         answer_token: starts an answer and belongs to the prompt, also where it swallows the white space after it.
+        video_seq_length: placeholders a video, `config.media["pixel_values_videos"].tokens_per_item`. Absent: none.
+        video_frames: frames that are picked of a video, evenly spaced, `AkiConfig.video_frames`.
+        frame_processor: of the frames, as `image_processor`, which it is where absent.
+        audio_seq_length: placeholders a clip, `config.media["input_features"].tokens_per_item`. Absent: none.
+        audio_extractor: the audio encoder's own feature extractor, which pads to a fixed length, as Whisper's.
+
+    Raises:
+        ValueError: a placeholder that the tokenizer doesn't know, or audio without a feature extractor.
     """
 
     def __init__(
@@ -36,34 +46,111 @@ class AkiProcessor(ProcessorMixin):
         chat_template=None,
         image_token: str = IMAGE_TOKEN,
         answer_token: str = ANSWER_TOKEN,
+        video_seq_length: int | None = None,
+        video_frames: int = 8,
+        video_token: str = VIDEO_TOKEN,
+        frame_processor=None,
+        audio_seq_length: int | None = None,
+        audio_token: str = AUDIO_TOKEN,
+        audio_extractor=None,
         **kwargs,
     ):
         self.image_seq_length = image_seq_length
-        image_token_id = _token_id(tokenizer, image_token)
-        if image_token_id is None:
-            raise ValueError(f"the tokenizer does not know the image token {image_token!r}: add it as a special token.")
-        self.image_token, self.image_token_id = image_token, image_token_id
+        self.video_seq_length, self.video_frames, self.audio_seq_length = (
+            video_seq_length,
+            video_frames,
+            audio_seq_length,
+        )
+        self.image_token, self.image_token_id = image_token, _placeholder_id(tokenizer, "image", image_token)
+        # transformers looks for placeholders of every kind that has a token.
+        self.video_token: Any = None
+        self.audio_token: Any = None
+        self.video_token_id = self.audio_token_id = None
+        if video_seq_length is not None:
+            self.video_token, self.video_token_id = video_token, _placeholder_id(tokenizer, "video", video_token)
+        if audio_seq_length is not None:
+            self.audio_token, self.audio_token_id = audio_token, _placeholder_id(tokenizer, "audio", audio_token)
         self.answer_token, self.answer_token_id = answer_token, _token_id(tokenizer, answer_token)
+        self.frame_processor = self._loaded(frame_processor, "image_processor_type")
+        self.audio_extractor = self._loaded(audio_extractor, "feature_extractor_type")
+        if audio_seq_length is not None and audio_extractor is None:
+            raise ValueError("audio needs the encoder's feature extractor: pass audio_extractor.")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def _loaded(self, part: Any, type_key: str) -> Any:
+        """A saved processor holds its parts as dictionaries."""
+        return self.get_possibly_dynamic_module(part[type_key])(**part) if isinstance(part, dict) else part
+
+    @property
+    def feature_extractor(self) -> Any:
+        """By this name transformers looks for what prepares audio."""
+        return self.audio_extractor
+
+    @property
+    def video_processor(self) -> Any:
+        """By this name transformers looks for what prepares videos."""
+        return self.frame_processor or self.image_processor
+
+    @property
+    def media_token_ids(self) -> list[int]:
+        """The placeholders of the media that it takes."""
+        ids = (self.image_token_id, self.video_token_id, self.audio_token_id)
+        return [token_id for token_id in ids if token_id is not None]
+
+    @property
+    def _openers(self) -> Openers:
+        openers: Openers = {"image": open_image}
+        if self.video_seq_length is not None:
+            openers["video"] = open_video
+        if self.audio_seq_length is not None:
+            openers["audio"] = partial(open_audio, sampling_rate=self.audio_extractor.sampling_rate)
+        return openers
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length
 
-    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
-        """Text with `image_token` once an image, and the images in order, as model inputs.
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        """Text with a token of its kind once an item, and the items of each kind in order, as model inputs.
 
         Args:
             images: an image, a list of them, or a list a text; anything that `aki.models.images.open_image` opens.
             text: one text or a list. Chats go through `apply_chat_template`, which also writes `prompt_block_ids`.
+            videos: a list of videos; anything that `aki.models.clips.open_video` opens.
+            audio: a list of clips; anything that `aki.models.clips.open_audio` opens.
 
         Raises:
-            ValueError: more or fewer images than the text names.
-            ImageError: an image that cannot be read.
+            ValueError: more or fewer items than the text names, or items of a kind that it was not made for.
+            ImageError, ClipError: an item that cannot be read.
         """
+        given = {"image": images, "video": videos, "audio": audio}
+        refused = [kind for kind, items in given.items() if items is not None and kind not in self._openers]
+        if refused:
+            raise ValueError(f"this processor takes {', '.join(self._openers)} alone, not {', '.join(refused)}.")
         if images is not None:
             images = _open_nested(images)
             images = None if images == [] else images
-        return super().__call__(images=images, text=text, **kwargs)
+        if videos is not None:
+            videos = [open_video(video) for video in _flat(videos)]
+        if audio is not None:
+            audio = [self._openers["audio"](clip) for clip in audio]
+        return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _process_videos(self, videos: list[np.ndarray], **kwargs) -> tuple[dict, list[str]]:
+        frames = [frame for video in videos for frame in pick_frames(video, self.video_frames)]
+        pixels = np.stack(self.video_processor([open_image(frame) for frame in frames])["pixel_values"])
+        values = pixels.reshape(len(videos), self.video_frames, *pixels.shape[1:])
+        return {"pixel_values_videos": values}, [self.video_token * self.video_seq_length] * len(videos)
+
+    def _process_audio(self, audio: list[np.ndarray], **kwargs) -> tuple[dict, list[str]]:
+        """Its own padding stands: what is asked for of the text (padding, max_length) is not meant for waveforms."""
+        longest = max(len(clip) for clip in audio)
+        room, rate = getattr(self.audio_extractor, "n_samples", longest), self.audio_extractor.sampling_rate
+        if longest > room:
+            raise ClipError(
+                f"an audio clip has {longest / rate:.1f} s, the encoder hears {room / rate:.1f} s: cut it into clips."
+            )
+        features = self.audio_extractor(audio, sampling_rate=rate, return_tensors="np")["input_features"]
+        return {"input_features": features}, [self.audio_token * self.audio_seq_length] * len(audio)
 
     def validate_inputs(self, images=None, text=None, **kwargs) -> None:
         """As transformers', which compares the totals alone, and also each text with its own list of images."""
@@ -84,9 +171,9 @@ class AkiProcessor(ProcessorMixin):
 
         Raises:
             ValueError: an empty chat or question, or a template that does not mark the answers.
-            ImageError: an image that cannot be read.
+            ImageError, ClipError: an image, a video or a clip that cannot be read.
         """
-        conversation = _prepare(conversation)
+        conversation = prepare(conversation, self._openers)
         self._check_scopes(conversation)
         if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             return super().apply_chat_template(conversation, *args, **kwargs)
@@ -104,7 +191,7 @@ class AkiProcessor(ProcessorMixin):
 
     def _check_scopes(self, conversation: list) -> None:
         chats = conversation if isinstance(conversation[0], list) else [conversation]
-        scoped = any(part in _SCOPE_PARTS for chat in chats for message in chat for part in message["content"])
+        scoped = any(part in SCOPE_PARTS for chat in chats for message in chat for part in message["content"])
         unknown = [t for t in (SCOPE_TOKEN, END_SCOPE_TOKEN) if _token_id(self.tokenizer, t) is None]
         if scoped and unknown:
             raise ValueError(
@@ -114,7 +201,9 @@ class AkiProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "prompt_block_ids"]
+        media = {"video": "pixel_values_videos", "audio": "input_features"}
+        taken = [name for kind, name in media.items() if kind in self._openers]
+        return [*super().model_input_names, *taken, "prompt_block_ids"]
 
     def _with_answers_marked(self, conversation, *args, **kwargs) -> Any:
         out = self._rendered(conversation, *args, **kwargs, return_assistant_tokens_mask=True)
@@ -163,14 +252,26 @@ class AkiProcessor(ProcessorMixin):
         return blocks
 
 
-def labels_from_prompt_blocks(input_ids: Tensor, attention_mask: Tensor, prompt_block_ids: Tensor, image_token_id: int):
-    """Labels for training on answers alone: every token outside prompt blocks, padding and images; -100 elsewhere.
+def labels_from_prompt_blocks(
+    input_ids: Tensor, attention_mask: Tensor, prompt_block_ids: Tensor, *media_token_ids: int
+) -> Tensor:
+    """Labels for training on answers alone: every token outside prompt blocks, padding and media; -100 elsewhere.
 
     Args:
         input_ids: (batch, length); the others have the same shape.
+        media_token_ids: the placeholders, `AkiProcessor.media_token_ids`.
     """
-    learned = (prompt_block_ids < 0) & (attention_mask == 1) & (input_ids != image_token_id)
-    return input_ids.masked_fill(~learned, -100)
+    learned = (prompt_block_ids < 0) & (attention_mask == 1)
+    for token_id in media_token_ids:
+        learned &= input_ids != token_id
+    return input_ids.masked_fill(~learned, IGNORE_INDEX)
+
+
+def _placeholder_id(tokenizer, kind: str, token: str) -> int:
+    token_id = _token_id(tokenizer, token)
+    if token_id is None:
+        raise ValueError(f"the tokenizer does not know the {kind} token {token!r}: add it as a special token.")
+    return token_id
 
 
 def _token_id(tokenizer, token: str) -> int | None:
@@ -184,49 +285,10 @@ def _open_nested(images):
     return open_image(images)
 
 
-def _prepare(conversation):
-    """Check the chat, and open its images (into copies of the messages)."""
-    if not conversation:
-        raise ValueError("the chat is empty: pass at least one message.")
-    if isinstance(conversation[0], (list, tuple)):
-        return [_prepare(chat) for chat in conversation]
-    return [_prepare_message(message) for message in conversation]
-
-
-def _prepare_message(message: dict) -> dict:
-    content = message.get("content")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    content = [_prepare_part(part) for part in _without_scopes(content or [])]
-    texts = [part.get("text", "") for part in content if part.get("type") == "text" and part not in _SCOPE_PARTS]
-    if message.get("role") == "user" and (not content or (texts and not any(text.strip() for text in texts))):
-        raise ValueError("the question is empty: a user's message needs text.")
-    return {**message, "content": content}
-
-
-def _without_scopes(parts: list[dict]) -> Iterator[dict]:
-    """Scopes, and tables as scopes of rows of cells, written out as tokens around what stands in them."""
-    for part in parts:
-        inside = part.get("content") or []
-        if part.get("type") == "table":
-            rows = [[{"type": "scope", "content": cell} for cell in row] for row in part["rows"]]
-            inside = [{"type": "scope", "content": row} for row in rows]
-        if part.get("type") in ("scope", "table"):
-            yield _SCOPE_PARTS[0]
-            yield from _without_scopes(inside)
-            yield _SCOPE_PARTS[1]
+def _flat(videos) -> Iterator[Any]:
+    """The videos in order; a chat's come as a list of arrays."""
+    for item in videos:
+        if isinstance(item, list) and all(isinstance(video, np.ndarray) and video.ndim == 4 for video in item):
+            yield from item
         else:
-            yield part
-
-
-def _prepare_part(part: dict) -> dict:
-    if part.get("type") == "image_url":
-        url = part["image_url"]
-        part = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
-    if part.get("type") != "image":
-        return part
-    for key in ("image", "url", "path", "base64"):
-        if part.get(key) is not None:
-            source = f"data:image;base64,{part[key]}" if key == "base64" else part[key]
-            return {"type": "image", "image": open_image(source)}
-    raise ValueError("an image part of a message has no image: give it `image`, `url`, `path` or `base64`.")
+            yield item

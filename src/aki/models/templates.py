@@ -1,6 +1,6 @@
 """Chat templates (Jinja, as transformers renders them). What stands between the generation tags is the answer."""
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN = "<image>", "<video>", "<audio>"
 SYSTEM_TOKEN, USER_TOKEN, ANSWER_TOKEN, END_TOKEN = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 END_OF_CHUNK_TOKEN = "<|endofchunk|>"
 
@@ -8,7 +8,8 @@ _CONTENT = (
     "{%- macro content(message) -%}"
     "{%- if message.content is string -%}{{ message.content }}"
     "{%- else -%}{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}" + IMAGE_TOKEN + "{{ image_separator }}{%- else -%}{{ part.text }}{%- endif -%}"
+    "{%- if part.type in ('image', 'video', 'audio') -%}<{{ part.type }}>{{ image_separator }}"
+    "{%- else -%}{{ part.text }}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- endmacro -%}"
 )
