@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, LlavaProcessor
 from unlock_families import llava
 
 import aki
@@ -13,7 +13,7 @@ from aki import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.attention import check_no_leak, dense_mask, get_rule, reach
 from aki.attention.guard import LeakError
 from aki.data.tokenizer import train_tokenizer
-from aki.layout import IMAGE, VIDEO, build_layout
+from aki.layout import END_SCOPE_TOKEN, IMAGE, SCOPE_TOKEN, VIDEO, build_layout
 from aki.models.templates import SHORT
 
 OPEN, CLOSE, PICTURE, CLIP = 1, 2, 3, 4
@@ -172,10 +172,58 @@ def test_scopes_that_the_tokenizer_does_not_know_are_an_error(processor):
         processor.apply_chat_template([{"role": "user", "content": [figure("a red digit")]}])
 
 
-def test_unlock_reads_the_scopes_from_the_processor():
-    family = llava()
-    with pytest.raises(ValueError, match="mma_scoped"):
-        aki.unlock(family.model, rule="mma_scoped")
+@pytest.fixture
+def scoped_processor():
+    """LLaVA's own, whose tokenizer knows scopes."""
+    tokenizer = train_tokenizer(["a red digit on the left", "what is it?"] * 5, vocab_size=300)
+    tokenizer.add_tokens([SCOPE_TOKEN, END_SCOPE_TOKEN], special_tokens=True)
+    images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+    options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return LlavaProcessor(images, tokenizer, chat_template=SHORT, **options)
+
+
+def scoped_llava(processor):
+    model = llava().model
+    model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    model.get_input_embeddings().weight.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(3))
+    model.config.image_token_id = processor.image_token_id
+    return model
+
+
+DOCUMENT = [figure("a red digit"), figure("on the left"), {"type": "text", "text": "what is it?"}]
+
+
+def test_unlocked_models_read_scopes_too(scoped_processor):
+    """Logits equal those of the stock model under the oracle's mask; the wrapped processor writes the scopes."""
+    model, writer = scoped_llava(scoped_processor), aki.write_prompt_blocks(scoped_processor)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = writer.apply_chat_template([{"role": "user", "content": DOCUMENT}], **options)
+    ids = inputs["input_ids"]
+    opened, closed = (scoped_processor.tokenizer.convert_tokens_to_ids(t) for t in (SCOPE_TOKEN, END_SCOPE_TOKEN))
+    names = {opened: OPEN, closed: CLOSE, scoped_processor.image_token_id: PICTURE}
+    row = [names.get(token, 9) for token in ids[0].tolist()]
+    assert row.count(OPEN) == row.count(CLOSE) == 2
+    mask = torch.tensor(oracle(row, [0] * len(row)))[None, None]
+    with torch.no_grad():
+        wanted = model(**{**inputs, "attention_mask": mask}).logits
+        mma = aki.unlock(model)(**inputs).logits
+        for given in (scoped_processor, writer):
+            scoped = aki.unlock(model, given, rule="mma_scoped")(**inputs).logits
+            torch.testing.assert_close(scoped, wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(mma, wanted, atol=1e-3)
+    cached, uncached = (model.generate(**inputs, max_new_tokens=4, use_cache=c, do_sample=False) for c in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+def test_unlocked_models_say_what_scopes_need(scoped_processor, processor):
+    model = llava().model
+    with pytest.raises(ValueError, match="pass unlock the processor"):
+        aki.unlock(model, rule="mma_scoped")
+    with pytest.raises(ValueError, match="resize_token_embeddings"):
+        aki.unlock(model, scoped_processor, rule="mma_scoped")
+    processor.tokenizer = train_tokenizer(["what is it?"] * 5, vocab_size=300)
+    with pytest.raises(ValueError, match="add them as special tokens"):
+        aki.write_prompt_blocks(processor).apply_chat_template([{"role": "user", "content": DOCUMENT}])
 
 
 def test_a_leak_through_a_scope_is_found():

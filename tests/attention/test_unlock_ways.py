@@ -13,17 +13,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
-    CLIPImageProcessorPil,
-    LlavaProcessor,
 )
-from unlock_families import FAMILIES, IMAGE_ID, TEXT, VISION, build, chat, llava
+from unlock_families import FAMILIES, IMAGE_ID, QUESTIONS, TEXT, VISION, chat, llava
 
 import aki
 from aki.attention import CannotUnlock, LeakError, NothingOpensWarning
-from aki.data.tokenizer import train_tokenizer
-from aki.models.templates import SHORT
-
-QUESTIONS = ["what is in the picture?", "how many digits are red?", "is there a blue one?", "count them."]
 
 
 @pytest.fixture
@@ -39,31 +33,6 @@ def inputs():
 def logits(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits
-
-
-@pytest.fixture
-def processor():
-    tokenizer = train_tokenizer(QUESTIONS * 5, vocab_size=300)
-    images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
-    options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return LlavaProcessor(images, tokenizer, chat_template=SHORT, **options)
-
-
-@pytest.fixture
-def reader(processor):
-    """A tiny LLaVA with the processor's vocabulary."""
-    tokenizer = processor.tokenizer
-    sizes = {"vocab_size": len(tokenizer)}
-    sizes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(
-        "llava",
-        text_config={"model_type": "llama", **TEXT, **sizes},
-        vision_config={"model_type": "clip_vision_model", **VISION},
-        image_token_index=processor.image_token_id,
-    )
-    model = build(config)
-    model.generation_config.suppress_tokens = [processor.image_token_id]
-    return model
 
 
 def picture(grey: int = 120) -> Image.Image:
@@ -379,9 +348,35 @@ def tiny_t5():
     return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes))
 
 
+def tiny_idefics():
+    parts = {"vision_config": {**VISION, "embed_dim": 16}, "perceiver_config": {"use_resampler": False}}
+    config = AutoConfig.for_model("idefics", **TEXT, **parts, cross_layer_interval=1)
+    return AutoModelForImageTextToText.from_config(config)
+
+
+def tiny_lfm2():
+    """Its convolutions carry what came before from token to token."""
+    config = AutoConfig.for_model(
+        "lfm2_vl",
+        text_config={"model_type": "lfm2", **TEXT, "layer_types": ["conv", "full_attention"]},
+        vision_config={"model_type": "siglip2_vision_model", **VISION},
+        image_token_id=IMAGE_ID,
+    )
+    return AutoModelForImageTextToText.from_config(config)
+
+
+def tiny_aki():
+    parts = {"vision_config": {"model_type": "siglip_vision_model", **VISION}, "connector_config": {"connector": "mlp"}}
+    config = aki.AkiConfig(**parts, text_config={"model_type": "llama", **TEXT}, image_token_id=IMAGE_ID)
+    return aki.AkiForConditionalGeneration(config)
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
+        (tiny_idefics, "'idefics' reads images by cross-attention"),
+        (tiny_lfm2, "layers of kind conv, which have no mask over pairs of tokens"),
+        (tiny_aki, "AKI has its rule in its configuration: set model.config.attention_rule"),
         (tiny_mllama, "cross-attention: no image token stands in the decoder's sequence"),
         (tiny_llama, "no media tokens among its text"),
         (tiny_t5, "an encoder-decoder"),

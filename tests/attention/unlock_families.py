@@ -24,6 +24,7 @@ from transformers import (
 IMAGE_ID, VIDEO_ID, AUDIO_ID = 20, 21, 22
 VOCAB = 40
 ROWS = 2
+QUESTIONS = ["what is in the picture?", "how many digits are red?", "is there a blue one?", "count them."]
 MODALITY_OF = {IMAGE_ID: 1, VIDEO_ID: 2, AUDIO_ID: 3}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from aki.layout import AUDIO, END_SCOPE_TOKEN, IMAGE, SCOPE_TOKEN, VIDEO
+from aki.layout import AUDIO, IMAGE, VIDEO
 
 MODALITIES = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -85,12 +85,3 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
     if "attention_mask" not in inspect.signature(decoder.forward).parameters:
         raise CannotUnlock(f"the decoder of {kind!r}, {type(decoder).__name__}, takes no attention_mask.")
     return decoder
-
-
-def scope_token_ids(processor: Any) -> list[int] | None:
-    """The tokens that open and close a scope, where the processor's tokenizer has them."""
-    if processor is None:
-        return None
-    known = getattr(processor, "tokenizer", processor).get_vocab()
-    ids = [known.get(token) for token in (SCOPE_TOKEN, END_SCOPE_TOKEN)]
-    return None if None in ids else ids

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from aki.attention.scopes import check_scopes, write_scopes
 from aki.layout import IGNORE_INDEX, number_runs
 
 _WORDS = ("alpha", "beta", "gamma", "delta")
@@ -44,6 +45,8 @@ class AnswerMarks:
         Raises:
             ValueError: it has no chat template, or one that marks no answers.
         """
+        if isinstance(processor, PromptBlockWriter):
+            return processor.marks
         tokenizer = getattr(processor, "tokenizer", processor)
         if getattr(processor, "chat_template", None) is None:
             raise ValueError(
@@ -103,6 +106,8 @@ class AnswerMarks:
 class PromptBlockWriter:
     """A processor or collator whose batches also hold `prompt_block_ids`; in all else it is the one that it wraps.
 
+    As a processor it also takes scopes and tables in chat messages, as AKI's own does.
+
     Labels on prompts become -100, because what a rule opens must not be learned.
     """
 
@@ -113,8 +118,9 @@ class PromptBlockWriter:
     def __call__(self, *args, **kwargs) -> Any:
         return self._write(self.wrapped(*args, **kwargs))
 
-    def apply_chat_template(self, *args, **kwargs) -> Any:
-        return self._write(self.wrapped.apply_chat_template(*args, **kwargs))
+    def apply_chat_template(self, conversation: Any, *args, **kwargs) -> Any:
+        conversation = _with_scopes_written(conversation, self.wrapped)
+        return self._write(self.wrapped.apply_chat_template(conversation, *args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         # Unpickling, as in a data loader's workers, asks before there is anything to ask.
@@ -160,6 +166,21 @@ def write_prompt_blocks(processor_or_collator: Any, processor: Any = None) -> Pr
     if processor is None:
         raise ValueError("this collator doesn't say what its processor is: write_prompt_blocks(collator, processor).")
     return PromptBlockWriter(processor_or_collator, processor)
+
+
+def _with_scopes_written(conversation: list, processor: Any) -> list:
+    """A chat, or a list of them, whose scopes are tokens."""
+    if not conversation:
+        return conversation
+    batched = isinstance(conversation[0], list | tuple)
+    chats = [[_message(message) for message in chat] for chat in (conversation if batched else [conversation])]
+    check_scopes(chats, processor)
+    return chats if batched else chats[0]
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": list(write_scopes(content))} if isinstance(content, list) else message
 
 
 def _join(tokenizer: Any, ids: list[int]) -> tuple[str, list[int]]:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aki.attention.dense import as_boolean, is_prepared, language_model_masks
-from aki.attention.families import media_token_ids, scope_token_ids, text_decoder, underlying_model
+from aki.attention.families import media_token_ids, text_decoder, underlying_model
 from aki.attention.guard import NothingOpensError, check_no_leak
 from aki.attention.prompts import AnswerMarks
 from aki.attention.rules import Rule, get_rule
+from aki.attention.scopes import scope_token_ids
 from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN, SequenceLayout, build_layout
 
 logger = logging.getLogger(__name__)
@@ -59,11 +60,8 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
     name = rule or _recorded_rule(model, base) or "mma"
     marks = None if processor is None else AnswerMarks.of(processor)
     scopes = scope_token_ids(processor)
-    if name == "mma_scoped" and scopes is None:
-        raise ValueError(
-            f"the rule 'mma_scoped' reads scopes from the tokens {SCOPE_TOKEN} and {END_SCOPE_TOKEN}: add them to the "
-            "tokenizer as special tokens, and pass unlock the processor."
-        )
+    if name == "mma_scoped":
+        _check_scopes(base, scopes)
     state = _Unlocked(get_rule(name), media_token_ids(base.config, processor), decoder, marks, scopes)
     lock(model)
     state.attach(base)
@@ -71,6 +69,20 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
     _record_rule(model, base, name)
     _say_what_is_joined(base, name)
     return model
+
+
+def _check_scopes(model: PreTrainedModel, scopes: list[int] | None) -> None:
+    if scopes is None:
+        raise ValueError(
+            f"the rule 'mma_scoped' reads scopes from the tokens {SCOPE_TOKEN} and {END_SCOPE_TOKEN}: add them to the "
+            "tokenizer as special tokens, and pass unlock the processor."
+        )
+    known = model.get_input_embeddings().weight.shape[0]
+    if max(scopes) >= known:
+        raise ValueError(
+            f"the tokens {SCOPE_TOKEN} and {END_SCOPE_TOKEN} are {scopes}, the model knows {known} tokens: call "
+            "model.resize_token_embeddings(len(tokenizer)) first."
+        )
 
 
 def lock(model: nn.Module) -> nn.Module:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN
+from aki.attention.scopes import SCOPE_PARTS, write_scopes
 
-SCOPE_PARTS = tuple({"type": "text", "text": token} for token in (SCOPE_TOKEN, END_SCOPE_TOKEN))
 SOURCES = ("url", "path", "base64")
 """Where a part of a message may have its picture or clip, beside the field that is named as its type."""
 
@@ -32,26 +31,11 @@ def _message(message: dict, openers: Openers) -> dict:
     content = message.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    content = [_part(part, openers) for part in _without_scopes(content or [])]
+    content = [_part(part, openers) for part in write_scopes(content or [])]
     texts = [part.get("text", "") for part in content if part.get("type") == "text" and part not in SCOPE_PARTS]
     if message.get("role") == "user" and (not content or (texts and not any(text.strip() for text in texts))):
         raise ValueError("the question is empty: a user's message needs text.")
     return {**message, "content": content}
-
-
-def _without_scopes(parts: list[dict]) -> Iterator[dict]:
-    """Scopes, and tables as scopes of rows of cells, written out as tokens around what stands in them."""
-    for part in parts:
-        inside = part.get("content") or []
-        if part.get("type") == "table":
-            rows = [[{"type": "scope", "content": cell} for cell in row] for row in part["rows"]]
-            inside = [{"type": "scope", "content": row} for row in rows]
-        if part.get("type") in ("scope", "table"):
-            yield SCOPE_PARTS[0]
-            yield from _without_scopes(inside)
-            yield SCOPE_PARTS[1]
-        else:
-            yield part
 
 
 def _part(part: dict, openers: Openers) -> dict:

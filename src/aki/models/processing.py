@@ -11,8 +11,9 @@ import numpy as np
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from aki.layout import END_SCOPE_TOKEN, IGNORE_INDEX, SCOPE_TOKEN
-from aki.models.chats import SCOPE_PARTS, Openers, prepare
+from aki.attention.scopes import check_scopes
+from aki.layout import IGNORE_INDEX
+from aki.models.chats import Openers, prepare
 from aki.models.clips import ClipError, open_audio, open_video, pick_frames
 from aki.models.images import open_image
 from aki.models.templates import ANSWER_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN
@@ -174,7 +175,7 @@ class AkiProcessor(ProcessorMixin):
             ImageError, ClipError: an image, a video or a clip that cannot be read.
         """
         conversation = prepare(conversation, self._openers)
-        self._check_scopes(conversation)
+        check_scopes(conversation if isinstance(conversation[0], list) else [conversation], self)
         if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             return super().apply_chat_template(conversation, *args, **kwargs)
         return_tensors = kwargs.pop("return_tensors", None)
@@ -188,16 +189,6 @@ class AkiProcessor(ProcessorMixin):
             self._prompt_blocks(*row) for row in zip(out["input_ids"], out["attention_mask"], answers, strict=True)
         ]
         return BatchFeature(dict(out), tensor_type=return_tensors)
-
-    def _check_scopes(self, conversation: list) -> None:
-        chats = conversation if isinstance(conversation[0], list) else [conversation]
-        scoped = any(part in SCOPE_PARTS for chat in chats for message in chat for part in message["content"])
-        unknown = [t for t in (SCOPE_TOKEN, END_SCOPE_TOKEN) if _token_id(self.tokenizer, t) is None]
-        if scoped and unknown:
-            raise ValueError(
-                f"the chat has scopes, but the tokenizer does not know {' and '.join(unknown)}: add them as special "
-                "tokens, and set scope_token_ids in the model's configuration."
-            )
 
     @property
     def model_input_names(self) -> list[str]:

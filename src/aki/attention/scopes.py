@@ -1,0 +1,62 @@
+"""Scopes in chat messages, written out as the tokens that open and close them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN
+
+SCOPE_PARTS = tuple({"type": "text", "text": token} for token in (SCOPE_TOKEN, END_SCOPE_TOKEN))
+
+
+def write_scopes(parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A message's parts, with tokens around what stands in a scope.
+
+    Args:
+        parts: as in chat messages, and {"type": "scope", "content": parts}, and {"type": "table", "rows":
+            [[parts of a cell, ...], ...]}, which is a scope of rows of cells.
+    """
+    for part in parts:
+        inside = part.get("content") or []
+        if part.get("type") == "table":
+            rows = [[{"type": "scope", "content": cell} for cell in row] for row in part["rows"]]
+            inside = [{"type": "scope", "content": row} for row in rows]
+        if part.get("type") in ("scope", "table"):
+            yield SCOPE_PARTS[0]
+            yield from write_scopes(inside)
+            yield SCOPE_PARTS[1]
+        else:
+            yield part
+
+
+def scope_token_ids(processor: Any) -> list[int] | None:
+    """The tokens that open and close a scope, where the processor's tokenizer has them.
+
+    Args:
+        processor: a processor or tokenizer, or None.
+    """
+    if processor is None:
+        return None
+    known: Mapping[str, int] = getattr(processor, "tokenizer", processor).get_vocab()
+    if SCOPE_TOKEN not in known or END_SCOPE_TOKEN not in known:
+        return None
+    return [known[SCOPE_TOKEN], known[END_SCOPE_TOKEN]]
+
+
+def check_scopes(chats: list[list[dict[str, Any]]], processor: Any) -> None:
+    """
+    Args:
+        chats: their scopes written out.
+
+    Raises:
+        ValueError: there are scopes, and the tokenizer has no tokens for them.
+    """
+    contents = (message.get("content") for chat in chats for message in chat)
+    scoped = any(part in SCOPE_PARTS for content in contents if isinstance(content, list) for part in content)
+    if scoped and scope_token_ids(processor) is None:
+        raise ValueError(
+            f"the chat has scopes, but the tokenizer does not know {SCOPE_TOKEN} and {END_SCOPE_TOKEN}: add them as "
+            "special tokens, and let the model know them (AKI: scope_token_ids in its configuration; others: "
+            "resize_token_embeddings, and aki.unlock with the processor)."
+        )
