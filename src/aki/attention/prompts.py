@@ -122,6 +122,12 @@ class PromptBlockWriter:
         conversation = _with_scopes_written(conversation, self.wrapped)
         return self._write(self.wrapped.apply_chat_template(conversation, *args, **kwargs))
 
+    @property
+    def media_token_ids(self) -> list[int]:
+        """The placeholders that the processor writes."""
+        ids = [getattr(self.wrapped, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
+        return [token_id for token_id in ids if token_id is not None]
+
     def __getattr__(self, name: str) -> Any:
         # Unpickling, as in a data loader's workers, asks before there is anything to ask.
         if name == "wrapped":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from aki.attention.prompts import PromptBlockWriter
 from aki.data.schema import Sample
 from aki.models.processing import AkiProcessor, labels_from_prompt_blocks
 
@@ -16,11 +17,12 @@ class ChatCollator:
     """Turns samples into model inputs with labels on the answers, padded on the right.
 
     Attributes:
+        processor: AKI's, or another model's in `aki.write_prompt_blocks`.
         template: name of the processor's chat template; None is its default.
         max_length: tokens a sample may have.
     """
 
-    processor: AkiProcessor
+    processor: AkiProcessor | PromptBlockWriter
     max_length: int
     template: str | None = None
 
