@@ -88,8 +88,14 @@ def build_layout(
         scope_token_ids: the tokens that open and close a scope, which both belong to it.
 
     Raises:
-        ValueError: neither prompt_block_ids nor labels in training.
+        ValueError: neither prompt_block_ids nor labels in training, or of another shape than input_ids.
     """
+    for name, given in (("prompt_block_ids", prompt_block_ids), ("labels", labels)):
+        if given is not None and given.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} have the shape {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}: give one for each "
+                "token, placeholders and padding included."
+            )
     document = _documents(input_ids, attention_mask, position_ids)
     modality = torch.zeros_like(input_ids)
     for kind, token_id in media_token_ids.items():

@@ -1,23 +1,20 @@
-"""Ways in which people use a model, unlocked: Trainer and TRL, PEFT, compile, device maps, saving, several turns."""
+"""Ways in which people use a model, unlocked: PEFT, compile, device maps, saving, generating, several turns."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
+    pipeline,
 )
-from unlock_families import FAMILIES, IMAGE_ID, QUESTIONS, TEXT, VISION, chat, llava
+from unlock_families import FAMILIES, build, chat, llava, picture
 
 import aki
-from aki.attention import CannotUnlock, LeakError, NothingOpensWarning
+from aki.attention import LeakError, NothingOpensWarning
 
 
 @pytest.fixture
@@ -33,10 +30,6 @@ def inputs():
 def logits(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits
-
-
-def picture(grey: int = 120) -> Image.Image:
-    return Image.new("RGB", (20, 20), (grey, 40, 200))
 
 
 def turns(*texts: str) -> list[dict]:
@@ -170,6 +163,55 @@ def test_beams_and_sampling(model, inputs):
     assert model.generate(**inputs, max_new_tokens=3, do_sample=True).shape[1] == inputs["input_ids"].shape[1] + 3
 
 
+def test_assistants_candidates_are_no_prompt(model, inputs):
+    """They come with the prompt in the first call, and would be seen ahead by its media."""
+    aki.unlock(model)
+    one = {name: tensor[:1] for name, tensor in inputs.items()}
+    options = {"max_new_tokens": 8, "do_sample": False}
+    alone = model.generate(**one, **options)
+    assert torch.equal(model.generate(**one, **options, assistant_model=copy.deepcopy(model)), alone)
+    other = build(model.config)
+    other.lm_head.weight.data.normal_(0, 0.2)
+    assert torch.equal(model.generate(**one, **options, assistant_model=aki.unlock(other)), alone)
+    assert torch.equal(model.generate(**one, **options, prompt_lookup_num_tokens=2), alone)
+
+
+def test_a_pipeline(reader, processor):
+    asked = pipeline("image-text-to-text", model=aki.unlock(reader, processor), processor=processor)
+    said = asked(turns("how many digits are red?"), max_new_tokens=4, do_sample=False, return_full_text=False)
+    prompt = tokenised(processor, turns("how many digits are red?"), add_generation_prompt=True)
+    tokens = reader.generate(**prompt, max_new_tokens=4, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert said[0]["generated_text"] == processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_rows_with_and_without_images_are_as_alone(model, inputs):
+    inputs["input_ids"][1] = torch.randint(
+        3, 20, inputs["input_ids"].shape[1:], generator=torch.Generator().manual_seed(0)
+    )
+    inputs["pixel_values"] = inputs["pixel_values"][:1]
+    aki.unlock(model)
+    together = logits(model, inputs)
+    first = {name: tensor[:1] for name, tensor in inputs.items()}
+    second = {"input_ids": inputs["input_ids"][1:]}
+    torch.testing.assert_close(together[:1], logits(model, first), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[1:], logits(model, second), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prompt_block_ids", "labels"])
+def test_another_shape_is_a_sentence(model, inputs, name):
+    aki.unlock(model)
+    with pytest.raises(ValueError, match=rf"{name} have the shape \(2, 3\), input_ids"):
+        model(**inputs, **{name: torch.zeros(2, 3, dtype=torch.long)})
+
+
+def test_unlocked_twice_and_locked_twice(model, inputs):
+    stock = logits(model, inputs)
+    assert torch.equal(logits(aki.lock(model), inputs), stock), "never unlocked"
+    once = logits(aki.unlock(model), inputs)
+    assert torch.equal(logits(aki.unlock(model), inputs), once)
+    assert torch.equal(logits(aki.lock(aki.lock(model)), inputs), stock)
+
+
 def test_a_prepared_mask_says_what_is_padding(model):
     inputs = chat(llava(), pad="right")
     real = inputs["attention_mask"].bool()
@@ -262,130 +304,6 @@ def test_an_adapters_rule_is_taken(model, inputs):
     tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     tuned.peft_config["default"].auto_mapping = {"attention_rule": "causal"}
     torch.testing.assert_close(logits(aki.unlock(tuned), inputs), stock)
-
-
-def sft_trainer(reader, processor, folder, **options):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    rows = [
-        {
-            "images": [picture(40 * i)],
-            "messages": [{"role": "user", "content": QUESTIONS[i]}, {"role": "assistant", "content": "count"}],
-        }
-        for i in range(4)
-    ]
-    options |= {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": None, "gradient_checkpointing": False}
-    options |= {"logging_steps": 1, "report_to": [], "use_cpu": True, "bf16": False}
-    arguments = trl.SFTConfig(output_dir=str(folder), **options)
-    dataset = datasets.Dataset.from_list(rows)
-    return trl.SFTTrainer(reader, arguments, train_dataset=dataset, processing_class=processor)
-
-
-def test_trl_labels_whole_chats_and_is_told(reader, processor, tmp_path):
-    trainer = sft_trainer(aki.unlock(reader), processor, tmp_path)
-    with pytest.warns(NothingOpensWarning, match="TRAINS WITH CAUSAL"):
-        trainer.train()
-
-
-def test_trl_with_the_one_line(reader, processor, tmp_path):
-    trainer = sft_trainer(aki.unlock(reader), processor, tmp_path)
-    trainer.data_collator = aki.write_prompt_blocks(trainer.data_collator)
-    seen = []
-    reader.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    before = {name: p.clone() for name, p in reader.named_parameters()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", NothingOpensWarning)
-        trainer.train()
-    changed = [name for name, p in reader.named_parameters() if not torch.equal(p, before[name])]
-    assert any("vision_tower" in name for name in changed)
-    assert any("language_model" in name for name in changed)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 2
-    assert all(torch.isfinite(torch.tensor(losses)))
-    assert all(mask is not None and mask.triu(1).any() for mask in seen), "every step looked ahead"
-
-
-def test_trl_with_assistant_only_loss(reader, processor, tmp_path):
-    """TRL's own switch does as well, where the template has generation tags."""
-    trainer = sft_trainer(aki.unlock(reader), processor, tmp_path, assistant_only_loss=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", NothingOpensWarning)
-        trainer.train()
-
-
-def tiny_mllama():
-    config = AutoConfig.for_model(
-        "mllama",
-        text_config={
-            **TEXT,
-            "cross_attention_layers": [1],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 1,
-            "num_global_layers": 1,
-            "attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 8,
-            "vision_output_dim": 32,
-            "intermediate_layers_indices": [0],
-        },
-        image_token_index=IMAGE_ID,
-    )
-    return AutoModelForImageTextToText.from_config(config)
-
-
-def tiny_llama():
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TEXT))
-
-
-def tiny_t5():
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
-    return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes))
-
-
-def tiny_idefics():
-    parts = {"vision_config": {**VISION, "embed_dim": 16}, "perceiver_config": {"use_resampler": False}}
-    config = AutoConfig.for_model("idefics", **TEXT, **parts, cross_layer_interval=1)
-    return AutoModelForImageTextToText.from_config(config)
-
-
-def tiny_lfm2():
-    """Its convolutions carry what came before from token to token."""
-    config = AutoConfig.for_model(
-        "lfm2_vl",
-        text_config={"model_type": "lfm2", **TEXT, "layer_types": ["conv", "full_attention"]},
-        vision_config={"model_type": "siglip2_vision_model", **VISION},
-        image_token_id=IMAGE_ID,
-    )
-    return AutoModelForImageTextToText.from_config(config)
-
-
-def tiny_aki():
-    parts = {"vision_config": {"model_type": "siglip_vision_model", **VISION}, "connector_config": {"connector": "mlp"}}
-    config = aki.AkiConfig(**parts, text_config={"model_type": "llama", **TEXT}, image_token_id=IMAGE_ID)
-    return aki.AkiForConditionalGeneration(config)
-
-
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (tiny_idefics, "'idefics' reads images by cross-attention"),
-        (tiny_lfm2, "layers of kind conv, which have no mask over pairs of tokens"),
-        (tiny_aki, "AKI has its rule in its configuration: set model.config.attention_rule"),
-        (tiny_mllama, "cross-attention: no image token stands in the decoder's sequence"),
-        (tiny_llama, "no media tokens among its text"),
-        (tiny_t5, "an encoder-decoder"),
-        (lambda: torch.nn.Linear(2, 2), "no model of transformers"),
-    ],
-)
-def test_what_cannot_be_unlocked_says_why(make, why):
-    with pytest.raises(CannotUnlock, match=why):
-        aki.unlock(make())
 
 
 def test_flash_attention_is_refused(model, inputs):

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -89,6 +90,10 @@ def build(config: Any, auto: Any = AutoModelForImageTextToText) -> PreTrainedMod
 
 def pixels(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def picture(grey: int = 120) -> Image.Image:
+    return Image.new("RGB", (20, 20), (grey, 40, 200))
 
 
 def llava() -> Family:

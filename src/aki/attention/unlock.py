@@ -155,6 +155,10 @@ class _Unlocked:
                 blocks = self.marks.blocks(ids, attention_mask)
             elif not module.training:
                 blocks = self.growing.blocks(ids, inputs.get("use_cache") is False)
+                # Tokens whose own logits are asked for are being judged: assisted generation's candidates.
+                judged = inputs.get("logits_to_keep")
+                if isinstance(judged, int) and judged > 1:
+                    blocks[:, 1 - judged :] = -1
         layout = build_layout(
             ids,
             self.media_token_ids,
