@@ -24,8 +24,8 @@ IMAGE_TOKENS, TEXT_TOKENS, ANSWER, ROWS = 144, 512, 64, 2
 IMAGE_ID, VOCAB = 3, 4000
 
 
-def build() -> nn.Module:
-    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 12}
+def build(layers: int) -> nn.Module:
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": layers, "num_attention_heads": 12}
     vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = AutoConfig.for_model(
         "llava",
@@ -62,8 +62,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[
     return time.perf_counter() - started
 
 
-def measure(steps: int) -> dict[str, dict[str, float]]:
-    model = build()
+def measure(steps: int, layers: int) -> dict[str, dict[str, float]]:
+    model = build(layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     results = {}
     for name, lengths in BATCHES.items():
@@ -82,11 +82,12 @@ def measure(steps: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three steps each")
+    parser.add_argument("--quick", action="store_true", help="two steps each of a model of one layer")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
+    parser.add_argument("--steps", type=int, default=30, help="each way and batch")
     options = parser.parse_args()
     logging.getLogger("aki").setLevel(logging.ERROR)
-    results = measure(3 if options.quick else 30)
+    results = measure(2, layers=1) if options.quick else measure(options.steps, layers=4)
     print(f"{'batch':<15} {'locked':>10} {'unlocked':>10} {'ratio':>7}")
     for name, row in results.items():
         print(f"{name:<15} {row['locked']:>8.3f} s {row['unlocked']:>8.3f} s {row['ratio']:>7.3f}")
