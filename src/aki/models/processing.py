@@ -176,6 +176,8 @@ class AkiProcessor(ProcessorMixin):
         """
         conversation = prepare(conversation, self._openers)
         check_scopes(conversation if isinstance(conversation[0], list) else [conversation], self)
+        if kwargs.get("continue_final_message"):
+            conversation = _begun(conversation)
         if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             return super().apply_chat_template(conversation, *args, **kwargs)
         return_tensors = kwargs.pop("return_tensors", None)
@@ -274,6 +276,13 @@ def _open_nested(images):
     if isinstance(images, (list, tuple)):
         return [_open_nested(image) for image in images]
     return open_image(images)
+
+
+def _begun(conversation: list) -> list:
+    """Tell the chat template that the last answer is to be continued, which transformers doesn't."""
+    if isinstance(conversation[0], list):
+        return [_begun(chat) for chat in conversation]
+    return [*conversation[:-1], {**conversation[-1], "begun": True}]
 
 
 def _flat(videos) -> Iterator[Any]:

@@ -3,19 +3,24 @@
 IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN = "<image>", "<video>", "<audio>"
 SYSTEM_TOKEN, USER_TOKEN, ANSWER_TOKEN, END_TOKEN = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 END_OF_CHUNK_TOKEN = "<|endofchunk|>"
+SYSTEM_MESSAGE = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
 
 _CONTENT = (
+    "{%- set media = ('image', 'video', 'audio') -%}"
     "{%- macro content(message) -%}"
     "{%- if message.content is string -%}{{ message.content }}"
     "{%- else -%}{%- for part in message.content -%}"
-    "{%- if part.type in ('image', 'video', 'audio') -%}<{{ part.type }}>{{ image_separator }}"
-    "{%- else -%}{{ part.text }}{%- endif -%}"
+    "{%- if not loop.first and (part.type in media or loop.previtem.type in media) -%}{{ separator }}{%- endif -%}"
+    "{%- if part.type in media -%}<{{ part.type }}>{%- else -%}{{ part.text }}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- endmacro -%}"
 )
 
 SHORT = (
-    "{%- set image_separator = '' -%}" + _CONTENT + "{%- for message in messages -%}"
+    "{%- set separator = '' -%}" + _CONTENT + "{%- for message in messages -%}"
     "{%- if message.role == 'assistant' -%}"
     + ANSWER_TOKEN
     + "{% generation %}{{ content(message) }}{{ eos_token }}{% endgeneration %}"
@@ -26,8 +31,32 @@ SHORT = (
 )
 """Role tokens and text, nothing else: for small models trained from scratch."""
 
+AKI = (
+    "{%- set separator = '\n' -%}"
+    + _CONTENT
+    + "{%- macro turn(role, text) -%}{{ role + '\n' + text + '"
+    + END_TOKEN
+    + "\n' }}{%- endmacro -%}"
+    "{%- if bos_token -%}{{ bos_token }}"
+    "{%- if add_generation_prompt or messages[-1].begun -%}{{ ' ' }}{%- endif -%}{%- endif -%}"
+    "{%- if messages[0].role != 'system' -%}{{ turn('" + SYSTEM_TOKEN + "', \"" + SYSTEM_MESSAGE + '") }}{%- endif -%}'
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'assistant' -%}"
+    + ANSWER_TOKEN
+    + "{% generation %}{{ '\n' }}{{ content(message) }}{{ eos_token }}{% endgeneration %}"
+    "{%- elif message.role == 'system' -%}{{ turn('" + SYSTEM_TOKEN + "', content(message)) }}"
+    "{%- else -%}{{ turn('" + USER_TOKEN + "', content(message)) }}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}" + ANSWER_TOKEN + "{{ '\n' }}{%- endif -%}"
+)
+"""The paper's prompt (section 3), which the published checkpoint knows. Tokenise it without adding special tokens.
+
+Before an answer that is to come it begins with BOS and a blank, in training with BOS alone. Answers end with EOS, later
+turns follow it, and images stand on lines of their own. `messages[-1].begun` marks an answer that is to be continued.
+"""
+
 CAPTION = (
-    "{%- set image_separator = '' -%}" + _CONTENT + "{{- bos_token if bos_token else '' -}}"
+    "{%- set separator = '' -%}" + _CONTENT + "{{- bos_token if bos_token else '' -}}"
     "{%- for message in messages -%}"
     "{%- if message.role == 'assistant' -%}{% generation %}{{ content(message) | trim }}"
     + END_OF_CHUNK_TOKEN
