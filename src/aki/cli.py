@@ -12,6 +12,7 @@ import tyro
 
 from aki.commands.chat import Chat
 from aki.commands.compare import Compare
+from aki.commands.convert import Convert
 from aki.commands.mask import Mask
 from aki.commands.train import Train
 from aki.training.recipe import RecipeError
@@ -20,6 +21,7 @@ COMMANDS: tuple[Any, ...] = (
     Train,
     Compare,
     Chat,
+    Convert,
     Mask,
 )
 TAKE_RECIPE_FIELDS = (Train, Compare)  # --sft.steps 100

@@ -9,6 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 ROLES = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 NEWLINE = "<0x0A>"
+SYSTEM_TOKENS = (
+    "<|system|> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant . ▁The ▁assistant "
+    "▁gives ▁helpful , ▁detailed , ▁and ▁polite ▁answers ▁to ▁the ▁user's ▁questions . <|end|>"
+)
+"""The system message of the paper's prompt as Phi-3 cuts it: role tokens take the newline, a blank begins a text."""
 
 
 def phi_tokenizer(pieces: Iterable[str], *, swallows: bool = True) -> PreTrainedTokenizerFast:

@@ -6,26 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_folders import META, expanded, reference_cases
+from published_folders import REFERENCE as FOLDER
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipConfig
 
 from aki import AkiForConditionalGeneration
 from aki.attention import dense_mask, get_rule
-from aki.models.published import CheckpointError, load_published
+from aki.models.checkpoint_files import CheckpointError
+from aki.models.published import load_published
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "aki_tiny"
-META = json.loads((FOLDER / "config.json").read_text())
 IMAGE, PER_IMAGE = META["image_token_id"], META["num_vision_tokens"]
 WITH_IMAGES = ("sft_single", "sft_batch", "pretrain")
 
 
 @pytest.fixture(scope="module")
 def cases() -> dict[str, dict[str, torch.Tensor]]:
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(FOLDER / "cases.safetensors").items():
-        case, _, key = name.partition(".")
-        found.setdefault(case, {})[key] = tensor
-    return found
+    return reference_cases()
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
@@ -33,20 +30,6 @@ def model(request) -> AkiForConditionalGeneration:
     model = load_published(FOLDER)
     model.set_attn_implementation(request.param)
     return model
-
-
-def expanded(case: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs of a case with each `<image>` once for every embedding."""
-    ids = case["input_ids"]
-    copies = torch.where(ids == IMAGE, PER_IMAGE, 1)
-    inputs = {
-        name: torch.stack([row.repeat_interleave(n) for row, n in zip(case[name], copies, strict=True)])
-        for name in ("input_ids", "attention_mask", "labels")
-        if name in case
-    }
-    if "pixel_values" in case:
-        inputs["pixel_values"] = case["pixel_values"]
-    return inputs
 
 
 def masks_of(model: AkiForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

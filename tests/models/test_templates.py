@@ -3,7 +3,7 @@
 import pytest
 import torch
 from model_builders import PER_IMAGE, PIXELS, TOKENIZE, assistant, user
-from phi_tokenizers import NEWLINE, ROLES, phi_tokenizer, words
+from phi_tokenizers import NEWLINE, ROLES, SYSTEM_TOKENS, phi_tokenizer, words
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from aki import AkiProcessor
@@ -14,11 +14,6 @@ from aki.models.templates import AKI, CAPTION
 SYSTEM_TURN = (
     "<|system|>\nA chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
     "detailed, and polite answers to the user's questions.<|end|>\n"
-)
-# As Phi-3 cuts it: the role token takes the newline, the text begins with a blank of its own.
-SYSTEM_TOKENS = (
-    "<|system|> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant . ▁The ▁assistant "
-    "▁gives ▁helpful , ▁detailed , ▁and ▁polite ▁answers ▁to ▁the ▁user's ▁questions . <|end|>"
 )
 IMAGES = ["<image>"] * PER_IMAGE
 SPOKEN = "what is this ? and that no yes it a red one cat alpha beta gamma delta"

@@ -8,14 +8,15 @@ does.
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
+from aki.models.checkpoint_files import CheckpointError, TensorFiles, read_json
 from aki.models.configuration import AkiConfig
 from aki.models.modeling import AkiForConditionalGeneration
 from aki.models.templates import IMAGE_TOKEN
@@ -31,52 +32,142 @@ _ADDED = {
 """Tensors over the original vocabulary, and the same for the added tokens."""
 
 
-class CheckpointError(ValueError):
-    """A folder that does not hold what it should."""
+@dataclass(frozen=True)
+class PublishedCheckpoint:
+    """A folder in the published layout, by its headers alone: no weights are in memory.
+
+    Attributes:
+        folder: where it is.
+        meta: its config.json.
+        files: its tensors.
+    """
+
+    folder: Path
+    meta: dict[str, Any]
+    files: TensorFiles
+
+    @classmethod
+    def open(cls, folder: str | Path) -> PublishedCheckpoint:
+        """
+        Raises:
+            CheckpointError: files or the keys of the layout are missing, or broken.
+        """
+        folder = Path(folder)
+        meta = read_json(folder / "config.json", "it is not a checkpoint folder.")
+        missing = [key for key in ("initial_tokenizer_len", "num_vision_tokens") if key not in meta]
+        if missing:
+            raise CheckpointError(
+                f"{folder}/config.json has no {', '.join(missing)}: it is not in the published layout."
+            )
+        files = TensorFiles(folder)
+        added = _ADDED["lang_model.model.embed_tokens.weight"]
+        if added not in files.shapes:
+            raise CheckpointError(f"{folder}/model.safetensors has no {added}: it is not in the published layout.")
+        return cls(folder, meta, files)
+
+    @property
+    def original_tokens(self) -> int:
+        return self.meta["initial_tokenizer_len"]
+
+    @property
+    def added_tokens(self) -> int:
+        return self.files.shapes[_ADDED["lang_model.model.embed_tokens.weight"]][0]
+
+    def config(self, image_token_id: int) -> AkiConfig:
+        """The configuration, with the rule `mma`.
+
+        Sizes come from `text` and `vision` in config.json where it has them, else from the two backbones that it names.
+
+        Raises:
+            CheckpointError: it names no backbones, or they cannot be read.
+        """
+        token_ids = {
+            name: self.meta[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in self.meta
+        }
+        text = self._backbone("text", "lang_model_path", **token_ids)
+        text.vocab_size = self.original_tokens + self.added_tokens
+        text.tie_word_embeddings = False
+        return AkiConfig(
+            vision_config=self._backbone("vision", "vision_encoder_path"),
+            text_config=text,
+            connector_config={"connector": "perceiver_resampler", "num_latents": self.meta["num_vision_tokens"]},
+            image_token_id=image_token_id,
+            attention_rule="mma",
+            output_bias=True,
+        )
+
+    def check(self, model: AkiForConditionalGeneration) -> None:
+        """Compare names and shapes with a model's, which may be on the meta device.
+
+        Raises:
+            CheckpointError: naming up to ten that are missing, extra or misshapen.
+        """
+        found, wanted = self._shapes(), published_shapes(model.state_dict(), self.original_tokens)
+        problems = [f"missing {name} {wanted[name]}" for name in wanted.keys() - found.keys()]
+        problems += [f"extra {name}" for name in found.keys() - wanted.keys()]
+        problems += [
+            f"{name} is {found[name]}, expected {wanted[name]}"
+            for name in wanted.keys() & found.keys()
+            if found[name] != wanted[name]
+        ]
+        if problems:
+            rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            shown = "; ".join(sorted(problems)[:_SHOWN])
+            raise CheckpointError(
+                f"{self.folder} does not fit its config.json in {len(problems)} tensors: {shown}{rest}."
+            )
+
+    def dtype(self, ours: str) -> torch.dtype:
+        """Of a tensor by the name that it has in an `AkiForConditionalGeneration`."""
+        return self.files.dtypes[_published_name(ours)]
+
+    def read(self, ours: str) -> Tensor:
+        """A tensor by the name that it has in an `AkiForConditionalGeneration`; of vocabularies both halves."""
+        name = _published_name(ours)
+        if name not in _ADDED:
+            return self.files.read(name)
+        added = self.files.read(_ADDED[name])
+        rows = self.original_tokens + len(added)
+        joined = torch.empty((rows, *added.shape[1:]), dtype=self.files.dtypes[name])
+        self.files.copy_rows(name, joined[: self.original_tokens])
+        joined[self.original_tokens :] = added
+        return joined
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """As stored, the original vocabulary's without the rows of padding behind it."""
+        shapes = dict(self.files.shapes)
+        for name in _ADDED.keys() & shapes.keys():
+            rows, *rest = shapes[name]
+            shapes[name] = (min(rows, self.original_tokens), *rest)
+        return shapes
+
+    def _backbone(self, key: str, path_key: str, **changes) -> PreTrainedConfig:
+        if key in self.meta:
+            return AutoConfig.for_model(**self.meta[key] | changes)
+        if path_key not in self.meta:
+            raise CheckpointError(
+                f"{self.folder}/config.json has neither {key} nor {path_key}: it is not in the published layout."
+            )
+        try:
+            return AutoConfig.from_pretrained(self.meta[path_key], **changes)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"the configuration of {self.meta[path_key]!r}, which {self.folder}/config.json names as {path_key}, "
+                f"could not be read: write a local folder with it there. ({str(error).splitlines()[0]})"
+            ) from error
 
 
 def load_published(folder: str | Path) -> AkiForConditionalGeneration:
-    """A model from a folder in the published layout (config.json and model.safetensors), with the rule `mma`.
-
-    Sizes come from `text` and `vision` in config.json where it has them, else from the two backbones that it names.
+    """A model from a folder in the published layout, with the rule `mma`; `aki convert` writes one that lasts.
 
     Raises:
         CheckpointError: a file or tensors are missing, extra or misshapen; up to ten are named.
     """
-    folder = Path(folder)
-    config, meta = read_published_config(folder)
-    original_tokens = meta["initial_tokenizer_len"]
-    model = AkiForConditionalGeneration(config)
-    tensors = _read_tensors(folder, original_tokens)
-    check_tensors(tensors, published_shapes(model.state_dict(), original_tokens), folder)
-    model.load_state_dict(published_to_aki(tensors))
+    published = PublishedCheckpoint.open(folder)
+    model = AkiForConditionalGeneration(published.config(_image_token_id(published)))
+    published.check(model)
+    model.load_state_dict({name: published.read(name) for name in model.state_dict()})
     return model.eval()
-
-
-def read_published_config(folder: Path) -> tuple[AkiConfig, dict]:
-    """The configuration for a folder in the published layout, and its config.json as it stands."""
-    try:
-        meta = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder.") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder}/config.json is broken: {error}") from error
-    missing = [key for key in ("initial_tokenizer_len", "num_vision_tokens") if key not in meta]
-    if missing:
-        raise CheckpointError(f"{folder}/config.json has no {', '.join(missing)}: it is not in the published layout.")
-    token_ids = {name: meta[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in meta}
-    text = _backbone(folder, meta, "text", "lang_model_path", **token_ids)
-    text.vocab_size = meta["initial_tokenizer_len"] + _added_tokens(folder)
-    text.tie_word_embeddings = False
-    config = AkiConfig(
-        vision_config=_backbone(folder, meta, "vision", "vision_encoder_path"),
-        text_config=text,
-        connector_config={"connector": "perceiver_resampler", "num_latents": meta["num_vision_tokens"]},
-        image_token_id=_image_token_id(folder, meta),
-        attention_rule="mma",
-        output_bias=True,
-    )
-    return config, meta
 
 
 def published_shapes(state: dict[str, Tensor], original_tokens: int) -> dict[str, tuple[int, ...]]:
@@ -91,38 +182,6 @@ def published_shapes(state: dict[str, Tensor], original_tokens: int) -> dict[str
     return shapes
 
 
-def published_to_aki(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the published tensors, and join the two vocabularies: the original rows, then the added."""
-    joined = {name: torch.cat([tensors[name], tensors[added]]) for name, added in _ADDED.items()}
-    return {_our_name(name): tensor for name, tensor in (tensors | joined).items() if name not in _ADDED.values()}
-
-
-def check_tensors(found: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        CheckpointError: naming up to ten that are missing, extra or misshapen.
-    """
-    problems = [f"missing {name} {wanted[name]}" for name in wanted.keys() - found.keys()]
-    problems += [f"extra {name}" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {tuple(found[name].shape)}, expected {wanted[name]}"
-        for name in wanted.keys() & found.keys()
-        if found[name].shape != wanted[name]
-    ]
-    if problems:
-        rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        shown = "; ".join(sorted(problems)[:_SHOWN])
-        raise CheckpointError(f"{folder} does not fit its config.json in {len(problems)} tensors: {shown}{rest}.")
-
-
-def _our_name(name: str) -> str:
-    for published, ours in _GROUPS.items():
-        if name.startswith(published):
-            return ours + name.removeprefix(published)
-    return name
-
-
 def _published_name(name: str) -> str:
     for published, ours in _GROUPS.items():
         if name.startswith(ours):
@@ -130,53 +189,16 @@ def _published_name(name: str) -> str:
     return name
 
 
-def _backbone(folder: Path, meta: dict, key: str, path_key: str, **changes) -> PreTrainedConfig:
-    if key in meta:
-        return AutoConfig.for_model(**meta[key] | changes)
-    if path_key not in meta:
-        raise CheckpointError(
-            f"{folder}/config.json has neither {key} nor {path_key}: it is not in the published layout."
-        )
-    return AutoConfig.from_pretrained(meta[path_key], **changes)
-
-
-def _image_token_id(folder: Path, meta: dict) -> int:
-    if "image_token_id" in meta:
-        return meta["image_token_id"]
+def _image_token_id(published: PublishedCheckpoint) -> int:
+    if "image_token_id" in published.meta:
+        return published.meta["image_token_id"]
     try:
-        token_id = AutoTokenizer.from_pretrained(folder).get_vocab().get(IMAGE_TOKEN)
+        token_id = AutoTokenizer.from_pretrained(published.folder).get_vocab().get(IMAGE_TOKEN)
     except (OSError, ValueError):
         token_id = None
     if token_id is None:
         raise CheckpointError(
-            f"{folder}/config.json has no image_token_id, and the folder no tokenizer that knows {IMAGE_TOKEN}: "
-            "add the checkpoint's tokenizer files."
+            f"{published.folder}/config.json has no image_token_id, and the folder no tokenizer that knows "
+            f"{IMAGE_TOKEN}: add the checkpoint's tokenizer files."
         )
     return token_id
-
-
-def _added_tokens(folder: Path) -> int:
-    with _open(folder) as file:
-        name = _ADDED["lang_model.model.embed_tokens.weight"]
-        stored = file.keys()
-        if name not in stored:
-            raise CheckpointError(f"{folder}/model.safetensors has no {name}: it is not in the published layout.")
-        return file.get_slice(name).get_shape()[0]
-
-
-def _read_tensors(folder: Path, original_tokens: int) -> dict[str, Tensor]:
-    """All tensors; the original vocabulary's without the rows of padding behind it."""
-    with _open(folder) as file:
-        stored = file.keys()
-        tensors = {name: file.get_tensor(name) for name in stored}
-    return {name: tensor[:original_tokens] if name in _ADDED else tensor for name, tensor in tensors.items()}
-
-
-def _open(folder: Path):
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no model.safetensors.")
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is broken: {error}") from error
