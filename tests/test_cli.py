@@ -116,5 +116,5 @@ def test_wrong_commands_are_sentences(tmp_path, capsys):
 
 def test_the_module_is_the_command():
     out = subprocess.run([sys.executable, "-m", "aki", "--help"], capture_output=True, text=True, check=True).stdout
-    for command in ("train", "compare", "chat", "mask"):
+    for command in ("train", "compare", "chat", "convert", "mask"):
         assert command in out

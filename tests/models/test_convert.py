@@ -355,6 +355,23 @@ class TestRefusals:
         (source / "tokenizer.json").write_text(text)
         self.refused(source, r"does not know <\|system\|>, <\|end\|>, which the prompt is made of")
 
+    def test_a_broken_tokenizer(self, source):
+        (source / "tokenizer.json").write_text("{")
+        self.refused(source, "tokenizer that loads: add the checkpoint's tokenizer files")
+
+    def test_a_tokenizer_that_does_not_name_its_tokens(self, source):
+        (source / "tokenizer_config.json").unlink()
+        self.refused(source, r"has no bos_token and no eos_token: .* own tokenizer_config\.json")
+
+    @pytest.mark.parametrize("value", ["90", -90, 0, 8.0, None])
+    def test_counts_that_are_none(self, tmp_path, value):
+        source = published_folder(tmp_path / "source", tiny_tokenizer(), initial_tokenizer_len=value)
+        self.refused(source, "initial_tokenizer_len in .* is .*, which is no count|has no initial_tokenizer_len")
+
+    @pytest.mark.parametrize("sizes", [{}, {"model_type": "nope"}, {"model_type": "phi3", "hidden_size": "much"}])
+    def test_sizes_that_are_none(self, tmp_path, sizes):
+        self.refused(published_folder(tmp_path / "source", tiny_tokenizer(), text=sizes), "as text could not be read")
+
     def test_a_tokenizer_of_another_length(self, source):
         tokenizer = tiny_tokenizer()
         tokenizer.add_tokens("more")
@@ -386,7 +403,7 @@ class TestRefusals:
         source = published_folder(
             tmp_path / "source", tiny_tokenizer(), vision=None, vision_encoder_path=str(tmp_path / "source" / "siglip")
         )
-        self.refused(source, "names as vision_encoder_path, could not be read: write a local folder")
+        self.refused(source, "names as vision_encoder_path could not be read: write the folder or hub id")
 
     def test_a_checkpoint_that_is_not_there(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -151,7 +151,7 @@ class TestBrokenCheckpoints:
 
     def test_the_published_layout(self, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"vision_encoder_path": "a", "initial_tokenizer_len": 3}))
-        with pytest.raises(ValueError, match=r"no named type, not an AKI model.*load_published"):
+        with pytest.raises(ValueError, match=r"no named type, not an AKI model.*aki convert"):
             AkiForConditionalGeneration.from_pretrained(tmp_path)
 
     def test_weights_of_another_size(self, folder):

@@ -117,7 +117,7 @@ class AkiConfig(PreTrainedConfig):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds {what}, not an AKI model. "
                 "AkiForConditionalGeneration.from_backbones makes one from a vision encoder and a language model, "
-                "aki.models.published.load_published reads the published checkpoint."
+                "`aki convert` makes one from the published checkpoint."
             )
         return found, kwargs
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
@@ -22,6 +23,7 @@ from aki.models.modeling import AkiForConditionalGeneration
 from aki.models.templates import IMAGE_TOKEN
 
 _SHOWN = 10
+_COUNTS = ("initial_tokenizer_len", "num_vision_tokens")
 _GROUPS = {"vision_tokenizer.": "connector.", "lang_model.": "language_model."}
 """Prefixes: the published, ours."""
 _ADDED = {
@@ -54,11 +56,14 @@ class PublishedCheckpoint:
         """
         folder = Path(folder)
         meta = read_json(folder / "config.json", "it is not a checkpoint folder.")
-        missing = [key for key in ("initial_tokenizer_len", "num_vision_tokens") if key not in meta]
+        missing = [key for key in _COUNTS if key not in meta]
         if missing:
             raise CheckpointError(
                 f"{folder}/config.json has no {', '.join(missing)}: it is not in the published layout."
             )
+        wrong = [key for key in _COUNTS if not isinstance(meta[key], int) or meta[key] < 1]
+        if wrong:
+            raise CheckpointError(f"{wrong[0]} in {folder}/config.json is {meta[wrong[0]]!r}, which is no count.")
         files = TensorFiles(folder)
         added = _ADDED["lang_model.model.embed_tokens.weight"]
         if added not in files.shapes:
@@ -81,15 +86,12 @@ class PublishedCheckpoint:
         Raises:
             CheckpointError: it names no backbones, or they cannot be read.
         """
-        token_ids = {
-            name: self.meta[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in self.meta
-        }
-        text = self._backbone("text", "lang_model_path", **token_ids)
-        text.vocab_size = self.original_tokens + self.added_tokens
-        text.tie_word_embeddings = False
+        changes = {"vocab_size": self.original_tokens + self.added_tokens, "tie_word_embeddings": False}
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        changes |= {name: self.meta[name] for name in names if name in self.meta}
         return AkiConfig(
             vision_config=self._backbone("vision", "vision_encoder_path"),
-            text_config=text,
+            text_config=self._backbone("text", "lang_model_path", **changes),
             connector_config={"connector": "perceiver_resampler", "num_latents": self.meta["num_vision_tokens"]},
             image_token_id=image_token_id,
             attention_rule="mma",
@@ -142,18 +144,18 @@ class PublishedCheckpoint:
         return shapes
 
     def _backbone(self, key: str, path_key: str, **changes) -> PreTrainedConfig:
-        if key in self.meta:
-            return AutoConfig.for_model(**self.meta[key] | changes)
-        if path_key not in self.meta:
+        if key not in self.meta and path_key not in self.meta:
             raise CheckpointError(
                 f"{self.folder}/config.json has neither {key} nor {path_key}: it is not in the published layout."
             )
         try:
+            if key in self.meta:
+                return AutoConfig.for_model(**self.meta[key] | changes)
             return AutoConfig.from_pretrained(self.meta[path_key], **changes)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
             raise CheckpointError(
-                f"the configuration of {self.meta[path_key]!r}, which {self.folder}/config.json names as {path_key}, "
-                f"could not be read: write a local folder with it there. ({str(error).splitlines()[0]})"
+                f"the sizes that {self.folder}/config.json names as {key if key in self.meta else path_key} could not "
+                f"be read: write the folder or hub id of a configuration as {path_key}. ({str(error).splitlines()[0]})"
             ) from error
 
 

@@ -28,6 +28,12 @@ def published_tokenizer(published: PublishedCheckpoint) -> PreTrainedTokenizerBa
             f"the tokenizer of {published.folder} does not know {', '.join(unknown)}, which the prompt is made of: "
             "add the checkpoint's own tokenizer files."
         )
+    unnamed = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None]
+    if unnamed:
+        raise CheckpointError(
+            f"the tokenizer of {published.folder} has no {' and no '.join(unnamed)}: add the checkpoint's own "
+            "tokenizer_config.json."
+        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     lacking = [token for token in _MEDIA if token not in vocabulary]
@@ -46,16 +52,16 @@ def published_tokenizer(published: PublishedCheckpoint) -> PreTrainedTokenizerBa
 def _load(published: PublishedCheckpoint) -> PreTrainedTokenizerBase:
     """tokenizer.json decides where there is one: some classes of transformers cut text in another way than their
     files say."""
-    places = [str(published.folder), published.meta.get("lang_model_path")]
-    for place in filter(None, places):
+    reasons = []
+    for place in filter(None, [str(published.folder), published.meta.get("lang_model_path")]):
         for kind in (PreTrainedTokenizerFast, AutoTokenizer):
             try:
                 return kind.from_pretrained(place, padding_side="left")
-            except (OSError, ValueError):
-                continue
+            except Exception as error:  # tokenizers raises nothing narrower on a broken file
+                reasons.append(str(error).partition("\n")[0])
     raise CheckpointError(
         f"neither {published.folder} nor the language model that its config.json names has a tokenizer that loads: "
-        "add the checkpoint's tokenizer files."
+        f"add the checkpoint's tokenizer files. ({reasons[0]})"
     )
 
 
