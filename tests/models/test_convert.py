@@ -96,6 +96,8 @@ class TestExactness:
         save_file(tensors, source / "model.safetensors")
         done = convert(source, tmp_path / "out")
         assert done.dtype == dtype
+        said = json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
+        assert said == str(dtype).removeprefix("torch.")
         assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
         assert model.dtype == dtype
@@ -237,16 +239,18 @@ def test_backbones_by_name(tmp_path, picture):
     (tmp_path / "phi3").mkdir()
     (tmp_path / "phi3" / "config.json").write_text(json.dumps(phi3))
     tiny_tokenizer().save_pretrained(tmp_path / "phi3")
-    names = {"vision_encoder_path": str(tmp_path / "siglip"), "lang_model_path": str(tmp_path / "phi3")}
-    token_ids = dict.fromkeys(["image_token_id", "end_of_chunk_token_id", "assistant_token_id", "bos_token_id"])
-    source = published_folder(tmp_path / "source", text=None, vision=None, **names, **token_ids)
+    paths = {"vision_encoder_path": str(tmp_path / "siglip"), "lang_model_path": str(tmp_path / "phi3")}
+    names = ("image", "end_of_chunk", "assistant", "bos", "eos", "pad")
+    token_ids = dict.fromkeys(f"{name}_token_id" for name in names)
+    source = published_folder(tmp_path / "source", text=None, vision=None, **paths, **token_ids)
     convert(source, tmp_path / "out")
     model, processor = load(tmp_path / "out")
     text = model.config.text_config
     assert {key: text.rope_parameters[key] for key in rope} == rope
     assert text.rope_parameters["rope_type"] == "longrope"
     assert (text.original_max_position_embeddings, text.sliding_window, text.vocab_size) == (256, 2048, 92)
-    assert (text.bos_token_id, text.eos_token_id, text.pad_token_id) == (1, 2, 89)
+    for holder in (text, model.generation_config):
+        assert (holder.bos_token_id, holder.eos_token_id, holder.pad_token_id) == (1, 2, 89)
     assert processor.image_token_id == 90
     assert isinstance(answer(model, processor, "what is this ?", picture, max_new_tokens=3), str)
 
