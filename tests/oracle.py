@@ -5,7 +5,7 @@ Written from the text of the rules alone: no tensors, no code of the package.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,13 +18,14 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Token:
-    """What a token is; padding has document -1, text has modality 0 and item -1, an answer has block -1."""
+    """What a token is; padding has document -1, text has modality 0, item and ring -1, an answer has block -1."""
 
     document: int
     modality: int = 0
     item: int = -1
     block: int = -1
     labelled: bool = False
+    ring: int = -1
 
     @property
     def is_padding(self) -> bool:
@@ -50,12 +51,49 @@ def mma(row: Row, q: int, k: int) -> bool:
     return query.block != -1 and query.block == key.block
 
 
+def concentric(row: Row, q: int, k: int) -> bool:
+    if row[q].item != -1 and row[q].item == row[k].item:
+        return row[k].ring <= row[q].ring
+    return k <= q
+
+
+def prefix(row: Row, q: int, k: int) -> bool:
+    return k <= q or row[q].block == row[k].block != -1
+
+
+def image_bidirectional(row: Row, q: int, k: int) -> bool:
+    return k <= q or row[q].item == row[k].item != -1
+
+
 RULES: dict[str, Callable[[Row, int, int], bool]] = {
     "causal": causal,
     "mma": mma,
     # These rows mark no scopes, where the two are one; rows that do are in attention/test_scopes.py.
     "mma_scoped": mma,
+    "concentric": concentric,
+    "prefix": prefix,
+    "image_bidirectional": image_bidirectional,
 }
+NAMES = (*RULES, "mma+image_bidirectional")
+"""`a+b` is the union."""
+
+
+def ring_positions(row: Row) -> list[int]:
+    """A picture's token stands at its start plus its ring, what follows at start plus the number of rings; padding at 0."""
+    positions, following = [], {}
+    for p, token in enumerate(row):
+        after = following.get(token.document, 0)
+        if token.is_padding:
+            positions.append(0)
+        elif token.item == -1:
+            positions.append(after)
+            following[token.document] = after + 1
+        else:
+            own = [other.ring for other in row if other.item == token.item]
+            positions.append(after + token.ring)
+            if p + 1 == len(row) or row[p + 1].item != token.item:
+                following[token.document] = after + max(own) + 1
+    return positions
 
 
 def sees(rule: str, row: Row, q: int, k: int) -> bool:
@@ -64,7 +102,7 @@ def sees(rule: str, row: Row, q: int, k: int) -> bool:
         return False
     if row[q].is_padding:
         return k <= q
-    return row[q].document == row[k].document and RULES[rule](row, q, k)
+    return row[q].document == row[k].document and any(RULES[part](row, q, k) for part in rule.split("+"))
 
 
 def mask(rule: str, row: Row) -> list[list[bool]]:
@@ -126,6 +164,7 @@ class Batch:
             modality=self.tensor(lambda t: t.modality),
             media_item=self.tensor(lambda t: t.item),
             prompt_block=self.tensor(lambda t: t.block),
+            ring=self.tensor(lambda t: t.ring),
         )
 
     @property
@@ -180,6 +219,7 @@ def batches(
     packed: bool | None = None,
     free_labels: bool = True,
     tokens_per_item: int | None = None,
+    rings: Sequence[int] | None = None,
 ) -> Batch:
     """Batches of several turns, documents and pictures, padded left or right.
 
@@ -188,8 +228,10 @@ def batches(
         packed: True: several documents a row and no padding; False: one document a row, padded; None: both at once,
             which only a layout made by hand can say.
         free_labels: labels anywhere; else on the answers only.
+        tokens_per_item, rings: of an item, and those of its tokens; any if absent.
     """
     tokens_per_item = tokens_per_item or draw(st.integers(1, 3))
+    rings = rings or draw(st.lists(st.integers(0, 2), min_size=tokens_per_item, max_size=tokens_per_item))
     side = draw(st.sampled_from(["left", "right"]))
     restart_blocks = draw(st.booleans())
     rows = []
@@ -208,7 +250,7 @@ def batches(
                     row += [Token(document, labelled=True)] * amount
                     block += 1
                 else:
-                    row += [Token(document, modality=amount, item=item, block=place)] * tokens_per_item
+                    row += [Token(document, modality=amount, item=item, block=place, ring=ring) for ring in rings]
                     item += 1
             if len(row) == start:
                 row.append(Token(document, block=-1 if captions else block))

@@ -33,6 +33,7 @@ class SequenceLayout:
         scope: the innermost scope that a token stands in, numbered 1, 2, ... as they open in the row; 0 is none.
         scope_end: the last number of the scopes within that one: a scope t holds a scope s, itself or any below it,
             exactly if t <= s <= end of t. Both are None where the input marks no scopes.
+        ring: of a media token, its square of the item's grid, the border is 0; -1 is text. None where no rule needs it.
     """
 
     document: Tensor
@@ -41,6 +42,7 @@ class SequenceLayout:
     prompt_block: Tensor
     scope: Tensor | None = None
     scope_end: Tensor | None = None
+    ring: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -70,6 +72,7 @@ def build_layout(
     labels: Tensor | None = None,
     training: bool = False,
     scope_token_ids: Sequence[int] | None = None,
+    grids: Mapping[int, tuple[int, int]] | None = None,
 ) -> SequenceLayout:
     """Describe a batch, once, from what the model is given.
 
@@ -86,6 +89,7 @@ def build_layout(
             block. Labels on media tokens count as -100.
         training: without prompt_block_ids and labels, everything is one block, which in training would be a leak.
         scope_token_ids: the tokens that open and close a scope, which both belong to it.
+        grids: modality -> rows and columns of an item's tokens, which are counted row by row. Absent: no rings.
 
     Raises:
         ValueError: neither prompt_block_ids nor labels in training, or of another shape than input_ids.
@@ -112,7 +116,18 @@ def build_layout(
         prompt_block_ids = _blocks_from_labels(document, is_media, labels, training)
     scope, scope_end = (None, None) if scope_token_ids is None else _scopes(input_ids, *scope_token_ids)
     prompt_block = prompt_block_ids.masked_fill(document < 0, -1)
-    return SequenceLayout(document, modality, media_item, prompt_block, scope, scope_end)
+    ring = None if grids is None else _rings(modality, grids)
+    return SequenceLayout(document, modality, media_item, prompt_block, scope, scope_end, ring)
+
+
+def grid_rings(height: int, width: int) -> Tensor:
+    """The concentric squares of a grid from the border in: (height * width,) int64, row by row; the border is 0.
+
+    As in concentric causal attention (arXiv 2410.15926); on an oblong grid the squares are oblong too.
+    """
+    row, column = torch.arange(height)[:, None], torch.arange(width)
+    upper, left = torch.minimum(row, height - 1 - row), torch.minimum(column, width - 1 - column)
+    return torch.minimum(upper, left).flatten()
 
 
 def number_runs(inside: Tensor, breaks: Tensor | None = None) -> Tensor:
@@ -133,6 +148,15 @@ def _count_items(modality: Tensor, tokens_per_item: Mapping[int, int]) -> Tensor
         own = modality == kind
         starts += own & ((own.cumsum(1) - 1) % tokens == 0)
     return (starts.cumsum(1) - 1).masked_fill(modality == TEXT, -1)
+
+
+def _rings(modality: Tensor, grids: Mapping[int, tuple[int, int]]) -> Tensor:
+    rings = torch.full_like(modality, -1)
+    for kind, (height, width) in grids.items():
+        own = modality == kind
+        of_item = grid_rings(height, width).to(modality.device)
+        rings = torch.where(own, of_item[(own.cumsum(1) - 1) % (height * width)], rings)
+    return rings
 
 
 def _scopes(input_ids: Tensor, open_id: int, close_id: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,10 @@ def make_layout(rows: list) -> SequenceLayout:
     tokens = [_row_tokens(*row) for row in rows]
     length = max(1, *(len(row) for row in tokens)) if len(tokens) > 1 else max(1, len(tokens[0]))
     padded = [row + [(-1, 0, -1, -1)] * (length - len(row)) for row in tokens]
-    return SequenceLayout(*torch.tensor(padded).unbind(-1))
+    document, modality, item, block = torch.tensor(padded).unbind(-1)
+    # Any rings will do.
+    ring = torch.where(modality > 0, torch.arange(length) % 2, -1)
+    return SequenceLayout(document, modality, item, block, ring=ring)
 
 
 def _row_tokens(before: int, documents: list, between: bool) -> list[tuple[int, int, int, int]]:

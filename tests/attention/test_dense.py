@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, StaticCache
 
-from aki.attention import RULES, Rule, dense_mask, get_rule, language_model_masks
+from aki.attention import Rule, dense_mask, get_rule, language_model_masks
 
-every_rule = pytest.mark.parametrize("rule", sorted(RULES))
+every_rule = pytest.mark.parametrize("rule", oracle.NAMES)
 
 WINDOW = 4
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}

@@ -4,9 +4,10 @@ import torch
 from hypothesis import given, settings
 
 from aki.attention import RULES, Rule, dense_mask, get_rule
-from aki.layout import SequenceLayout
+from aki.attention.rules import ring_positions
+from aki.layout import SequenceLayout, build_layout, grid_rings
 
-every_rule = pytest.mark.parametrize("name", sorted(RULES))
+every_rule = pytest.mark.parametrize("name", oracle.NAMES)
 
 
 @every_rule
@@ -33,6 +34,7 @@ def rows_of(rule: str, **columns: list[int]) -> list[str]:
     """The mask of one row as text: `x` is seen."""
     length = len(columns["modality"])
     columns = {"document": [0] * length, "media_item": [-1] * length, "prompt_block": [0] * length} | columns
+    columns = {"ring": [-1] * length} | columns
     layout = SequenceLayout(**{name: torch.tensor([values]) for name, values in columns.items()})
     return ["".join("x" if seen else "." for seen in row) for row in dense_mask(get_rule(rule), layout)[0].tolist()]
 
@@ -62,9 +64,81 @@ def test_mma_over_two_turns_and_two_kinds_of_media_by_hand():
     ]
 
 
+# Positions 1 to 4 are a 2 x 2 picture, or with an inner ring a row of four whose second token lies within.
+PICTURE = {"modality": [0, 1, 1, 1, 1, 0, 0], "media_item": [-1, 0, 0, 0, 0, -1, -1]}
+
+
+def test_concentric_by_hand():
+    """Later tokens of the same or an outer ring are seen, earlier tokens of an inner ring are not."""
+    assert rows_of("concentric", **PICTURE, ring=[-1, 1, 0, 1, 0, -1, -1]) == [
+        "x......",
+        "xxxxx..",
+        "x.x.x..",
+        "xxxxx..",
+        "x.x.x..",
+        "xxxxxx.",
+        "xxxxxxx",
+    ]
+
+
+def test_prefix_and_image_bidirectional_by_hand():
+    prompt_and_answer = PICTURE | {"prompt_block": [0, 0, 0, 0, 0, 0, -1]}
+    assert rows_of("prefix", **prompt_and_answer) == ["xxxxxx."] * 6 + ["xxxxxxx"]
+    picture = ["x......"] + ["xxxxx.."] * 4 + ["xxxxxx.", "xxxxxxx"]
+    assert rows_of("image_bidirectional", **prompt_and_answer) == picture
+    with_question = ["x......"] + ["xxxxxx."] * 5 + ["xxxxxxx"]
+    assert rows_of("mma+image_bidirectional", **prompt_and_answer) == with_question
+
+
+def rings_by_peeling(height: int, width: int) -> list[int]:
+    """Take the border away, again and again."""
+    left, rings, ring = {(r, c) for r in range(height) for c in range(width)}, {}, 0
+    while left:
+        border = {(r, c) for r, c in left if not {(r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)} <= left}
+        corners = {(r, c) for r, c in left if (r, c) not in border and not {(r - 1, c - 1), (r + 1, c + 1)} <= left}
+        rings |= dict.fromkeys(border | corners, ring)
+        left, ring = left - border - corners, ring + 1
+    return [rings[r, c] for r in range(height) for c in range(width)]
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (1, 5), (2, 2), (3, 3), (3, 4), (4, 4), (5, 3), (12, 12), (7, 9)]
+)
+def test_rings_are_borders_taken_away(height, width):
+    rings = grid_rings(height, width).tolist()
+    assert rings == rings_by_peeling(height, width)
+    assert max(rings) + 1 == -(-min(height, width) // 2)
+
+
+def test_the_papers_grid_and_positions():
+    """Two pictures of 4 x 4 tokens: two rings each, so text behind a picture goes on two positions after its start."""
+    ids = torch.tensor([[5, *[9] * 16, 6, *[9] * 16, 7, 8]])
+    layout = build_layout(ids, {1: 9}, 16, prompt_block_ids=torch.zeros_like(ids), grids={1: (4, 4)})
+    rings = [0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0]
+    assert layout.ring[0].tolist() == [-1, *rings, -1, *rings, -1, -1]
+    assert ring_positions(layout)[0].tolist() == [0, *[1 + r for r in rings], 3, *[4 + r for r in rings], 6, 7]
+
+
+@given(batch=oracle.batches())
+@settings(max_examples=200)
+def test_ring_positions_are_those_of_the_design(batch):
+    found = ring_positions(batch.layout).tolist()
+    for row, positions, wanted in zip(batch.rows, found, map(oracle.ring_positions, batch.rows), strict=True):
+        assert [p for p, token in zip(positions, row, strict=True) if not token.is_padding] == [
+            p for p, token in zip(wanted, row, strict=True) if not token.is_padding
+        ]
+        assert min(positions) >= 0
+
+
+def test_concentric_without_rings_is_a_sentence():
+    layout = SequenceLayout(*torch.zeros(4, 1, 3, dtype=torch.long).unbind(0))
+    with pytest.raises(ValueError, match="'concentric' needs to know on which ring"):
+        dense_mask(get_rule("concentric"), layout)
+
+
 @every_rule
 def test_padding_is_no_key_and_keeps_its_causal_row(name):
-    assert rows_of(name, document=[-1, 0, 0, -1], modality=[0, 0, 0, 0], prompt_block=[-1, 0, 0, -1]) == [
+    assert rows_of(name, document=[-1, 0, 0, -1], modality=[0, 0, 0, 0], prompt_block=[-1, 0, 1, -1]) == [
         "....",
         ".x..",
         ".xx.",
@@ -79,6 +153,7 @@ def test_one_entry_and_the_whole_mask_are_the_same_lines(name):
         modality=torch.tensor([[0, 1, 1, 0, 0, 1]]),
         media_item=torch.tensor([[-1, 0, 0, -1, -1, 1]]),
         prompt_block=torch.tensor([[0, 0, 0, 0, 1, 1]]),
+        ring=torch.tensor([[-1, 0, 1, -1, -1, 0]]),
     )
     rule, whole = get_rule(name), dense_mask(get_rule(name), layout)
     for q in range(6):
@@ -94,6 +169,16 @@ def test_rules_are_found_by_name():
         assert isinstance(rule, Rule)
         assert get_rule(name) is rule
         assert rule.name == name
+
+
+def test_a_union_has_what_its_parts_have():
+    rule = get_rule("mma+prefix+image_bidirectional")
+    assert rule.name == "mma+prefix+image_bidirectional"
+    assert rule.opens_text
+    assert rule.positions is None
+    assert get_rule("mma+concentric").positions is ring_positions
+    with pytest.raises(ValueError, match=r"no attention rule 'image_bidirectiona'.*Did you mean 'image_bidirectional'"):
+        get_rule("mma+image_bidirectiona")
 
 
 def test_an_unknown_rule_is_a_sentence_with_the_nearest():

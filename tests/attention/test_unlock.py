@@ -214,3 +214,19 @@ def test_says_when_the_models_own_mask_is_joined(family, caplog):
     assert ("window" in caplog.text) == (family.window is not None)
     if family.own != "causal":
         assert "masks of its own" in caplog.text
+
+
+def test_a_rule_that_numbers_tokens_in_its_own_way_is_refused():
+    with pytest.raises(aki.attention.CannotUnlock, match="'concentric' also numbers the tokens"):
+        aki.unlock(FAMILIES["LLaVA"]().model, rule="concentric")
+
+
+def test_prefix_opens_text_without_pictures_too():
+    model, ids = FAMILIES["LLaVA"]().model.eval(), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        stock = model(ids).logits
+        opened = aki.unlock(model, rule="prefix")(ids).logits
+        assert (opened - stock)[0, 0].abs().max() > 1e-4
+        with pytest.raises(ValueError, match="needs input_ids"):
+            model(inputs_embeds=model.get_input_embeddings()(ids))
+        assert torch.equal(aki.lock(model)(ids).logits, stock)

@@ -44,7 +44,8 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
         NothingOpensError: the rule opens nothing.
     """
     labels = labels.masked_fill(layout.is_media | layout.is_padding, IGNORE_INDEX)
-    supervised = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+    # What padding on the left is taken to predict is no answer.
+    supervised = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)) & ~layout.is_padding
     position = torch.arange(labels.shape[1], device=labels.device)
     ahead = reach(rule, layout) > position
     leaks = ahead & supervised

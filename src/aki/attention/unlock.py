@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aki.attention.dense import as_boolean, is_prepared, language_model_masks
-from aki.attention.families import media_token_ids, text_decoder, underlying_model
+from aki.attention.families import CannotUnlock, media_token_ids, text_decoder, underlying_model
 from aki.attention.guard import NothingOpensError, check_no_leak
 from aki.attention.prompts import AnswerMarks
 from aki.attention.rules import Rule, get_rule
@@ -62,6 +62,11 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
     scopes = scope_token_ids(processor)
     if name == "mma_scoped":
         _check_scopes(base, scopes)
+    if get_rule(name).positions is not None:
+        raise CannotUnlock(
+            f"the rule {name!r} also numbers the tokens in its own way, which a model that is not AKI's own does not "
+            "take: train an AkiForConditionalGeneration with it."
+        )
     state = _Unlocked(get_rule(name), media_token_ids(base.config, processor), decoder, marks, scopes)
     lock(model)
     state.attach(base)
@@ -142,10 +147,10 @@ class _Unlocked:
         """The layout of a call; None where there is no media in it, so that the model's own masks stand."""
         ids = inputs.get("input_ids")
         if ids is None:
-            if any(inputs.get(name) is not None for name in _MEDIA_INPUTS):
-                raise ValueError("an unlocked model needs input_ids, whose placeholders say where the media are.")
+            if self.rule.opens_text or any(inputs.get(name) is not None for name in _MEDIA_INPUTS):
+                raise ValueError("an unlocked model needs input_ids, which say what each token is.")
             return None
-        if ids.shape[1] == 1 or not self.has_media(ids):
+        if ids.shape[1] == 1 or not (self.rule.opens_text or self.has_media(ids)):
             return None
         labels, cache = inputs.get("labels"), inputs.get("past_key_values")
         seen = 0 if cache is None else int(cache.get_seq_length())

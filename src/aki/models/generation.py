@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
+from aki.attention import get_rule
+from aki.layout import SequenceLayout
 from aki.models.configuration import AkiConfig
 from aki.models.media import Media
 
@@ -17,6 +20,7 @@ class AkiGenerationMixin(GenerationMixin):
     """The prefill goes by the rule, what is decoded after it is causal."""
 
     config: AkiConfig
+    layout: Callable[..., SequenceLayout]
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """As transformers' `generate`; prompt blocks are settled on the prompt, so that answers never join them.
@@ -50,6 +54,10 @@ class AkiGenerationMixin(GenerationMixin):
         if self._outgrown(kwargs.get("past_key_values"), input_ids.shape[1]):
             kwargs |= {"past_key_values": None, "next_sequence_length": None}
         given = {name: kwargs.pop(name, None) for name in self.config.media}
+        cache, rule = kwargs.get("past_key_values"), kwargs.get("attention_rule")
+        if cache is not None and int(cache.get_seq_length()) > 0 and input_ids.ndim == 2:
+            own = self.positions_by_rule(input_ids, kwargs.get("attention_mask"), rule)
+            kwargs |= {} if own is None else {"position_ids": own}
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -65,6 +73,25 @@ class AkiGenerationMixin(GenerationMixin):
                 values = self._media_from(input_ids, input_ids.shape[1] - length, self.config.media[name], values)
                 inputs[name] = None if values is None else values.to(prompt.device)
         return inputs
+
+    def positions_by_rule(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, attention_rule: str | None = None
+    ) -> Tensor | None:
+        """Position ids of all of these tokens, (batch, length) int64, where the rule has its own (concentric); or None.
+
+        Args:
+            input_ids: (batch, length) from the first token on, those in a cache included.
+            attention_mask: (batch, length), 0 is padding.
+            attention_rule: instead of the configuration's.
+        """
+        rule = get_rule(attention_rule or self.config.attention_rule)
+        if rule.positions is None:
+            return None
+        nowhere = torch.full_like(input_ids, -1)
+        layout = self.layout(
+            input_ids, attention_mask=attention_mask, prompt_block_ids=nowhere, attention_rule=rule.name
+        )
+        return rule.positions(layout)
 
     def _outgrown(self, cache: Cache | None, length: int) -> bool:
         """Past this length Phi-3's longrope turns keys by other angles: what is cached is computed anew, as by

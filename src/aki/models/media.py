@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
-from aki.layout import AUDIO
+from aki.layout import AUDIO, IMAGE
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,28 @@ class Media:
         if self.connector_config.connector == "perceiver_resampler":
             return self.frames * self.connector_config.num_latents
         return self.frames * self.num_features
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns on which the embeddings of one item stand: those of the patches, or the latents' square.
+
+        Raises:
+            ValueError: they stand on no grid.
+        """
+        latents = self.connector_config.num_latents
+        if self.modality != IMAGE:
+            raise ValueError(f"a rule with rings needs media on a grid, which the tokens of one {self.name} are not.")
+        if self.connector_config.connector != "perceiver_resampler":
+            height, width = self.image_size
+            patch_height, patch_width = _pair(self.encoder_config.patch_size)
+            return height // patch_height, width // patch_width
+        side = isqrt(latents)
+        if side * side != latents:
+            raise ValueError(
+                f"a rule with rings lays the connector's latents out as a square, which {latents} are not: set "
+                f"connector_config.num_latents to {side * side} or {(side + 1) ** 2}."
+            )
+        return side, side
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from aki.attention import get_rule, prepare_attention
+from aki.attention import Rule, get_rule, prepare_attention
 from aki.attention.backends import takes_prepared
 from aki.layout import AUDIO, IGNORE_INDEX, VIDEO, SequenceLayout, build_layout
 from aki.models.configuration import AkiConfig
@@ -223,8 +223,14 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
         position_ids: Tensor | None = None,
         prompt_block_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        attention_rule: str | None = None,
     ) -> SequenceLayout:
-        """What each token of these inputs is; all (batch, length)."""
+        """What each token of these inputs is; all (batch, length).
+
+        Raises:
+            ValueError: the rule needs media on a grid, and theirs is none.
+        """
+        numbers_tokens = get_rule(attention_rule or self.config.attention_rule).positions is not None
         return build_layout(
             input_ids,
             {media.modality: media.token_id for media in self.config.media.values()},
@@ -235,6 +241,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
             labels=labels,
             training=self.training,
             scope_token_ids=self.config.scope_token_ids,
+            grids={m.modality: m.grid for m in self.config.media.values()} if numbers_tokens else None,
         )
 
     @can_return_tuple
@@ -261,7 +268,9 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
             pixel_values: (images of the whole batch in order, channels, height, width) float.
             attention_mask: (batch, cached + length), 0 is padding; or masks already prepared, which are used as is.
             position_ids: (batch, length) int. Absent: counted over the attention mask, so padding may be on any side.
-                Without attention_mask, a restart begins a packed document, which sees nothing of the others.
+                Without attention_mask, a restart begins a packed document, which sees nothing of the others. A rule
+                with positions of its own puts them in place of these, except behind cached tokens, where they are
+                taken as they are (`positions_by_rule` gives them).
             past_key_values: what was seen before; it stays causal.
             inputs_embeds: (batch, length, width) instead of input_ids, for text alone.
             labels: (batch, length) int, -100 is not learned. What stands on placeholders is ignored.
@@ -294,6 +303,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
         elif media_values:
             raise ValueError(f"{next(iter(media_values))} need input_ids, whose placeholders say where they go.")
 
+        rule = get_rule(attention_rule or self.config.attention_rule)
+        _check_rule_inputs(rule, input_ids, position_ids, past_key_values)
         length = inputs_embeds.shape[1]
         padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         if position_ids is None and padding is not None:
@@ -302,10 +313,9 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
             # transformers keeps packed documents apart only where no cache is made.
             kwargs |= {"use_cache": False} if _starts_again(position_ids) else {}
 
-        rule = get_rule(attention_rule or self.config.attention_rule)
         masks: Tensor | BlockMask | dict | None = attention_mask
         prepared = masks is not None and padding is None
-        opens_ahead = rule.name != "causal" and bool(embeds)
+        opens_ahead = rule.name != "causal" and (bool(embeds) or (rule.opens_text and length > 1))
         without_mask = takes_prepared(self.config.text_config, past_key_values)
         if input_ids is not None and (opens_ahead or without_mask) and not prepared:
             # Prompt blocks only matter where something can be opened.
@@ -316,10 +326,12 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
                 position_ids=position_ids if past_key_values is None else None,
                 prompt_block_ids=prompt_block_ids if nowhere is None else nowhere,
                 labels=labels,
+                attention_rule=rule.name,
             )
             masks = prepare_attention(
                 rule, layout, self.config.text_config, inputs_embeds, padding, past_key_values, position_ids
             )
+            position_ids = _positions(rule, layout, past_key_values, position_ids)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -360,6 +372,25 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
             elif self.training or input_ids.shape[1] > 1:
                 _check_count(int(placeholders.sum()), 0, media.tokens_per_item, media.name)
         return inputs_embeds
+
+
+def _check_rule_inputs(rule: Rule, input_ids: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> None:
+    if input_ids is None and rule.opens_text:
+        raise ValueError(
+            f"the rule {rule.name!r} opens text too: pass input_ids, inputs_embeds do not say what they are."
+        )
+    if rule.positions is not None and position_ids is None and cache is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError(
+            f"the rule {rule.name!r} numbers tokens in its own way, and what is cached does not tell how far it came: "
+            "pass position_ids, the last of model.positions_by_rule(all input_ids so far)."
+        )
+
+
+def _positions(rule: Rule, layout: SequenceLayout, cache: Cache | None, position_ids: Tensor | None) -> Tensor | None:
+    """The rule's own positions where it has some; behind cached tokens they are counted over those too, elsewhere."""
+    if rule.positions is None or (cache is not None and int(cache.get_seq_length()) > 0):
+        return position_ids
+    return rule.positions(layout)
 
 
 def _starts_again(position_ids: Tensor) -> bool:

@@ -80,14 +80,16 @@ def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> N
     labels = inputs.get("labels")
     if labels is None:
         return
+    rule = inputs.get("attention_rule") or model.config.attention_rule
     layout = model.layout(
         inputs["input_ids"],
         attention_mask=inputs.get("attention_mask"),
         position_ids=inputs.get("position_ids"),
         prompt_block_ids=inputs.get("prompt_block_ids"),
         labels=labels,
+        attention_rule=rule,
     )
-    check_no_leak(get_rule(inputs.get("attention_rule") or model.config.attention_rule), layout, labels)
+    check_no_leak(get_rule(rule), layout, labels)
 
 
 class MarkWholeCheckpoints(TrainerCallback):
