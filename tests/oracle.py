@@ -79,7 +79,7 @@ NAMES = (*RULES, "mma+image_bidirectional")
 
 
 def ring_positions(row: Row) -> list[int]:
-    """A picture's token stands at its start plus its ring, what follows at start plus the number of rings; padding at 0."""
+    """A picture's token stands at its start plus its ring, what follows at start plus the number of rings."""
     positions, following = [], {}
     for p, token in enumerate(row):
         after = following.get(token.document, 0)

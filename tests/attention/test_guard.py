@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aki import AkiConfig, AkiForConditionalGeneration
 from aki.attention import LeakError, check_no_leak, get_rule, reach
-from aki.layout import IGNORE_INDEX, SequenceLayout, number_runs, grid_rings
+from aki.layout import IGNORE_INDEX, SequenceLayout, grid_rings, number_runs
 
 every_rule = pytest.mark.parametrize("name", oracle.NAMES)
 

@@ -23,7 +23,7 @@ ANSWER = [3, 4]
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    prompts = [sum(parts, []) for parts in PROMPTS]
+    prompts = [[token for part in parts for token in part] for parts in PROMPTS]
     length = max(map(len, prompts)) + len(ANSWER)
     rows = [prompt + ANSWER + [PAD] * (length - len(prompt) - len(ANSWER)) for prompt in prompts]
     is_prompt = [[position < len(prompt) for position in range(length)] for prompt in prompts]
