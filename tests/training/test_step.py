@@ -121,3 +121,14 @@ def test_frozen_encoder_with_features_from_disk_trains_the_same(tiny_recipe, tmp
     )
     assert cached["losses"] == plain["losses"]
     assert any((tmp_path / "features").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("attention", ["merged", "auto"])
+def test_bfloat16_autocast_on_the_cpu_follows_float32(tiny_recipe, tmp_path, attention):
+    tiny_recipe.attention = attention
+    exact, lower = (
+        run_stage(Job(replace(tiny_recipe, bf16=bf16), "pretrain", tmp_path / str(bf16))) for bf16 in (False, True)
+    )
+    losses = [torch.tensor(result["losses"])[:, 1] for result in (exact, lower)]
+    assert torch.allclose(*losses, atol=0.02)
+    assert not torch.equal(*losses)

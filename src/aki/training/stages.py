@@ -164,6 +164,8 @@ def _trainer(
         save_steps=stage.save_every or 500,
         save_total_limit=2,
         bf16=recipe.bf16,
+        # Without an accelerator transformers refuses bf16 unless it is told that this is meant.
+        use_cpu=not torch.accelerator.is_available(),
         seed=recipe.seed,
         report_to=list(recipe.report_to),
         dataloader_num_workers=recipe.workers,
