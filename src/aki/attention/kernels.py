@@ -19,6 +19,21 @@ Shape = bool | Tensor
 
 
 @dataclass(frozen=True)
+class Varlen:
+    """A kernel for sequences of several lengths, their tokens one behind the other.
+
+    Attributes:
+        forward: (query (queries, heads, width), key, value (keys, key heads, width), where sequences begin in queries
+            and in keys (sequences + 1,) int32, the longest of both, causal, scale) -> (output, log-sum-exp (heads,
+            queries) float32).
+        backward: (grad_output, query, key, value, output, log-sum-exp, and as above) -> gradients of the three.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Gradients]
+
+
+@dataclass(frozen=True)
 class Kernel:
     """
     Attributes:
@@ -27,6 +42,7 @@ class Kernel:
         backward: (grad_output, query, key, value, output, log-sum-exp, shape, scale) -> gradients of the three.
         masked_length: up to how many tokens a square with an additive mask costs no more than a causal one; 0 where the
             kernel takes no masks.
+        varlen: the same for many sequences at once, where there is such a form.
     """
 
     name: str
@@ -34,6 +50,7 @@ class Kernel:
     forward: Callable[[Tensor, Tensor, Tensor, Shape, float], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Shape, float], Gradients]
     masked_length: int = 0
+    varlen: Varlen | None = None
 
 
 def choose_kernel(query: Tensor) -> Kernel:
@@ -106,6 +123,30 @@ def _flash_backward(
     return query_gradient, key_gradient, value_gradient
 
 
+def _flash_varlen_forward(
+    query: Tensor, key: Tensor, value: Tensor, query_edges: Tensor, key_edges: Tensor,
+    longest_query: int, longest_key: int, is_causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As torch.nn.attention.varlen calls the operator."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, query_edges, key_edges, longest_query, longest_key, 0.0, is_causal, False, scale=scale
+    )
+    return out, lse
+
+
+def _flash_varlen_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, query_edges: Tensor,
+    key_edges: Tensor, longest_query: int, longest_key: int, is_causal: bool, scale: float,
+) -> Gradients:  # fmt: skip
+    # Only dropout reads the random state.
+    state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    unused = torch.empty(0, device=query.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad, query, key, value, out, lse, query_edges, key_edges, longest_query, longest_key, 0.0, is_causal, state,
+        unused, scale=scale,
+    )  # fmt: skip
+
+
 def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, shape: Shape, scale: float) -> tuple[Tensor, Tensor]:
     key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -166,6 +207,7 @@ CUDA_FLASH = Kernel(
     "half precision, and heads of a width that flash attention takes",
     _flash_forward,
     _flash_backward,
+    varlen=Varlen(_flash_varlen_forward, _flash_varlen_backward),
 )
 CUDA_EFFICIENT = Kernel(
     "aten efficient, CUDA",

@@ -18,6 +18,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from aki.attention import varlen
 from aki.attention.kernels import Kernel, Shape, choose_kernel
 from aki.attention.rectangles import Part, decode_plan, squares_and_rectangles
 
@@ -48,8 +49,11 @@ def merged_attention(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, sc
 @torch.library.custom_op("aki::merged_attention", mutates_args=())
 def _merged(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     query, key, value = (_rows_contiguous(x) for x in (query, key, value))
-    kernel = choose_kernel(query)
-    squares, rectangles = _calls(decode_plan(plan), kernel, query)
+    kernel, parts = choose_kernel(query), decode_plan(plan)
+    if kernel.varlen is not None and _many_documents(parts):
+        out, lse = varlen.forward(kernel.varlen, query, key, value, parts, scale)
+        return _tokens_first(out), lse
+    squares, rectangles = _calls(parts, kernel, query)
     if squares and _covers(squares[0][0], query, key):
         out, lse = (_tokens_first(x) for x in kernel.forward(query, key, value, squares[0][1], scale))
     else:
@@ -97,8 +101,10 @@ def _merged_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, plan: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, query, key, value = (_rows_contiguous(x) for x in (grad, query, key, value))
-    kernel = choose_kernel(query)
-    squares, rectangles = _calls(decode_plan(plan), kernel, query)
+    kernel, parts = choose_kernel(query), decode_plan(plan)
+    if kernel.varlen is not None and _many_documents(parts):
+        return varlen.backward(kernel.varlen, grad, query, key, value, out, lse, parts, scale)
+    squares, rectangles = _calls(parts, kernel, query)
     calls = squares + [(part, False) for part in rectangles]
     if squares and _covers(squares[0][0], query, key):
         shares = kernel.backward(grad, query, key, value, out, lse, squares[0][1], scale)
@@ -185,6 +191,10 @@ def _covers(part: Part, query: Tensor, key: Tensor) -> bool:
     """Whether one square is the whole of the batch."""
     length = query.shape[2]
     return part[:4] == (0, query.shape[0], 0, length) and key.shape[2] == length
+
+
+def _many_documents(parts: list[Part]) -> bool:
+    return sum(part.is_causal for part in parts) > 1
 
 
 def _queries_of(part: Part) -> tuple[int, ...]:
