@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,9 +144,29 @@ def test_no_tensor_of_length_by_length_exists():
     assert largest_allocation(dense) >= length * length
 
 
+def test_memory_is_linear_in_the_length_up_to_16384():
+    """Four times the tokens take four times the memory at its highest, and that is less than a boolean mask."""
+    peaks = {}
+    for length in (4096, 16384):
+        pictures, prompt = length * 9 // 16, length // 8
+        row = [("image", pictures), ("text", prompt), ("answer", length - pictures - prompt)]
+        layout = make_layout([(0, [row], False)])
+        inputs = tensors(layout, heads=1, key_heads=1, dtype=torch.float32)
+        plan = plan_of("mma", layout)
+        steps = allocations(lambda inputs=inputs, plan=plan: merged_attention(*inputs, plan, SCALE).sum().backward())
+        peaks[length] = max(itertools.accumulate(steps))
+    assert peaks[16384] < 4.1 * peaks[4096]
+    assert peaks[16384] < 16384**2 / 8
+
+
 def largest_allocation(function) -> int:
+    return max(allocations(function))
+
+
+def allocations(function) -> list[int]:
+    """Bytes taken, and given back (negative), in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     assert recorded.profiler is not None
-    events = recorded.profiler.kineto_results.events()
-    return max(event.nbytes() for event in events if event.name() == "[memory]")
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]

@@ -50,6 +50,9 @@ def choose(
 ) -> Choice:
     """The backend for a batch without cached tokens.
 
+    On the CPU `auto` compares costs that were fitted to measurements (`benchmarks/attention.py`). On CUDA it goes by a
+    length that is a guess: nobody has measured it yet.
+
     Args:
         requested: `merged`, `flex` or `auto`.
         shape: (batch, length).
@@ -75,7 +78,7 @@ def choose(
 
 
 _CUDA_LENGTH = 1024
-"""Not measured: it waits for a GPU run."""
+"""A guess, not a measurement: the length from which merged should win on CUDA. It waits for a GPU run."""
 
 _MARGIN = 0.97
 """Expectations are rough; where they are close, the dense path is the one with fewer surprises."""
