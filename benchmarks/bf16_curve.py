@@ -1,7 +1,8 @@
 """The digits recipe's loss in float32 and under bfloat16 autocast, drawn one over the other; seconds a step of both.
 
-Both stages, shortened and in batches of 16, from the same seed: the same weights at the start and the same batches. bfloat16 pays where the
-CPU multiplies it in hardware and the model is large enough for its products to matter; this one is small on purpose.
+Both stages, shortened and in batches of 16, from the same seed: the same weights at the start and the same batches.
+bfloat16 pays where the CPU multiplies it in hardware and the model is large enough for its products to matter; this one
+is small on purpose.
 """
 
 from __future__ import annotations

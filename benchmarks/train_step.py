@@ -5,7 +5,7 @@ with median 45 and 95th percentile 160, capped at 512; the last third of the tex
 trainer's: leak guard, frozen vision encoder, output layer on supervised positions, clipping, fused AdamW.
 
 Every batch is taken by both rules in turn, and counts with its best time over the rounds, so that a machine with other
-work disturbs all alike. With `--compile` the language model's layers are compiled (see docs/attention.md).
+work disturbs all alike.
 
 The GEMM share counts the multiplications of real tokens' matrices (forward once, backward twice), not those spent on
 padding and not attention's, against the rate of square products in the same run and dtype.
@@ -38,7 +38,7 @@ RULES = ("causal", "mma")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build(attention: str, layers: int, compiled: bool) -> AkiForConditionalGeneration:
+def build(attention: str, layers: int) -> AkiForConditionalGeneration:
     """About 100 M parameters, nearly all in the language model: the encoder is small, because it is not measured."""
     text = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -57,9 +57,6 @@ def build(attention: str, layers: int, compiled: bool) -> AkiForConditionalGener
     )
     model = AkiForConditionalGeneration._from_config(config, attn_implementation={"text_config": attention})
     model.vision_encoder.requires_grad_(False)
-    if compiled:
-        for layer in model.language_model.model.layers:
-            layer.compile(dynamic=True)
     return model.train()
 
 
@@ -145,7 +142,7 @@ def useful_operations(model: AkiForConditionalGeneration, samples: list[Row]) ->
 def measure(dtype_name: str, options: argparse.Namespace) -> list[dict]:
     dtype = DTYPES[dtype_name]
     torch.manual_seed(0)
-    model = build(options.attention, options.layers, options.compile)
+    model = build(options.attention, options.layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     samples = draw_samples(options.samples, seed=0)
     taken: dict[tuple[str, str], list[float]] = {}
@@ -174,7 +171,6 @@ def measure(dtype_name: str, options: argparse.Namespace) -> list[dict]:
             "gemm_share": operations / seconds[batching, rule] / peak,
             "ratio_to_causal": seconds[batching, rule] / seconds[batching, "causal"],
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "compiled": options.compile,
         }
         for batching in BATCHINGS
         for rule in RULES
@@ -199,7 +195,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two layers, few samples, float32 only")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("--attention", default="auto", help="attn_implementation of the language model")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the language model's layers")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--layers", type=int, default=10, help="of the language model; 10 make 100 M parameters")
     parser.add_argument("--samples", type=int, default=40)

@@ -131,9 +131,9 @@ class AkiProcessor(ProcessorMixin):
             images = _open_nested(images)
             images = None if images == [] else images
         if videos is not None:
-            videos = [open_video(video) for video in _flat(videos)]
+            videos = [open_video(video) for video in _flat(videos)] or None
         if audio is not None:
-            audio = [self._openers["audio"](clip) for clip in audio]
+            audio = [self._openers["audio"](clip) for clip in audio] or None
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def _process_videos(self, videos: list[np.ndarray], **kwargs) -> tuple[dict, list[str]]:
