@@ -177,6 +177,19 @@ def measure(dtype_name: str, options: argparse.Namespace) -> list[dict]:
     ]
 
 
+def print_profile(options: argparse.Namespace) -> None:
+    """Where the time of one packed MMA step goes, in float32."""
+    model = build(options.attention, options.layers)
+    model.config.attention_rule = "mma"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    batch = next(batches("packed", draw_samples(options.samples, seed=0), options.batch, options.row_tokens))
+    step_seconds(model, optimizer, batch, torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        step_seconds(model, optimizer, batch, torch.float32)
+    print(f"{batch['input_ids'].shape[1]} tokens")
+    print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50))
+
+
 def print_table(rows: list[dict]) -> None:
     first = next(row["samples_per_s"] for row in rows if row["rule"] == "mma" and row["batching"] == "padded_656")
     print("| dtype | batching | rule | samples a second | times padded_656 (MMA) | MMA / causal time | GEMM share |")
@@ -193,6 +206,7 @@ def print_table(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two layers, few samples, float32 only")
+    parser.add_argument("--profile", action="store_true", help="instead, where the time of one packed step goes")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("--attention", default="auto", help="attn_implementation of the language model")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -205,6 +219,9 @@ def main() -> None:
     if options.quick:
         options.samples, options.rounds, options.batch, options.row_tokens, options.layers = 6, 1, 3, 1024, 2
         options.dtypes = ["float32"]
+    if options.profile:
+        print_profile(options)
+        return
     rows: list[dict] = []
     for dtype_name in options.dtypes:
         measured = measure(dtype_name, options)

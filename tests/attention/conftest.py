@@ -2,7 +2,8 @@
 
 import pytest
 from transformers import AutoConfig, CLIPImageProcessorPil, LlavaProcessor
-from unlock_families import QUESTIONS, TEXT, VISION, build
+from unlock_chats import QUESTIONS
+from unlock_families import TEXT, VISION, build
 
 from aki.data.tokenizer import train_tokenizer
 from aki.models.templates import SHORT

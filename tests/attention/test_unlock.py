@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from unlock_families import FAMILIES, MODALITY_OF, Family, chat, types
+from unlock_chats import chat, types
+from unlock_families import FAMILIES, MODALITY_OF, Family
 
 import aki
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from unlock_families import QUESTIONS, picture
+from unlock_chats import QUESTIONS, picture
 
 import aki
 from aki.attention import NothingOpensWarning

@@ -11,7 +11,8 @@ from transformers import (
     AutoModelForImageTextToText,
     pipeline,
 )
-from unlock_families import FAMILIES, build, chat, llava, picture
+from unlock_chats import chat, picture
+from unlock_families import FAMILIES, build, llava
 
 import aki
 from aki.attention import LeakError, NothingOpensWarning
