@@ -106,7 +106,7 @@ class StageRecipe:
         log_every, eval_every, save_every: in steps; 0 is never.
         sources, shards: the data, one or the other.
         mixture: how often each is drawn: by its `weights`, `proportional` to its size (sources), or all `uniform`.
-        max_bad: the share of samples that may be unusable before the run ends.
+        max_bad_share: the share of samples that may be unusable before the run ends.
     """
 
     task: str
@@ -130,7 +130,7 @@ class StageRecipe:
     sources: tuple[SourceRecipe, ...] = ()
     shards: tuple[ShardsRecipe, ...] = ()
     mixture: str = "weights"
-    max_bad: float = 0.01
+    max_bad_share: float = 0.01
 
     def __post_init__(self) -> None:
         get_rule(self.rule)
