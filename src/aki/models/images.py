@@ -20,7 +20,17 @@ _SHOWN = 200
 
 
 class ImageError(ValueError):
-    """A picture that cannot be read."""
+    """A picture that cannot be read. `reason` is what counts of such pictures are kept by."""
+
+    reason = "broken image"
+
+
+class MissingImageError(ImageError):
+    reason = "missing image"
+
+
+class ImageSizeError(ImageError):
+    reason = "absurd size"
 
 
 def open_image(source: Any, *, timeout: float = 30.0) -> Image.Image:
@@ -49,11 +59,11 @@ def open_image(source: Any, *, timeout: float = 30.0) -> Image.Image:
     except ImageError:
         raise
     except FileNotFoundError as error:
-        raise ImageError(f"there is no picture at {name}.") from error
+        raise MissingImageError(f"there is no picture at {name}.") from error
     except IsADirectoryError as error:
         raise ImageError(f"{name} is a folder, not a picture.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is refused, it would unpack to too many pixels: {error}") from error
+        raise ImageSizeError(f"{name} is refused, it would unpack to too many pixels: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not a picture that Pillow can read.") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -65,9 +75,9 @@ def open_image(source: Any, *, timeout: float = 30.0) -> Image.Image:
 
 def _check_size(name: str, image: Image.Image) -> None:
     if image.width == 0 or image.height == 0:
-        raise ImageError(f"{name} has no pixels ({image.width} x {image.height}).")
+        raise ImageSizeError(f"{name} has no pixels ({image.width} x {image.height}).")
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
+        raise ImageSizeError(
             f"{name} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are allowed: "
             "scale it down first."
         )
