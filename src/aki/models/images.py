@@ -18,6 +18,9 @@ MAX_PIXELS = 100_000_000
 _SHOWN = 200
 """Characters of a name that a message repeats: a string that should have been a path may be a whole file."""
 
+_ORIENTATION = 0x0112
+"""The EXIF tag; 1 is upright."""
+
 
 class ImageError(ValueError):
     """A picture that cannot be read. `reason` is what counts of such pictures are kept by."""
@@ -55,7 +58,9 @@ def open_image(source: Any, *, timeout: float = 30.0) -> Image.Image:
             _check_size(name, image)
             image.seek(0)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            # exif_transpose copies what is upright already.
+            upright = image.getexif().get(_ORIENTATION, 1) == 1
+            return _to_rgb(image if upright else ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except FileNotFoundError as error:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from aki.attention import BACKENDS, get_rule
+from aki.data.augment import Augment
 
 PARTS = ("vision_encoder", "connector", "language_model")
 STAGES = ("pretrain", "sft")
@@ -64,15 +65,21 @@ class SourceRecipe:
 
     Attributes:
         kind: which reader, as `vqav2`.
-        annotations: its files as released, in the reader's order.
-        images: the folder of its pictures.
+        annotations: its files as released, in the reader's order, or the folder that they lie in.
+        images: the folder of its pictures, or several.
         weight: how often it is drawn, relative to the other sources of the stage.
+        name: what counts and messages call it; the kind if absent.
+        augment: changes of the pictures; none if absent.
+        options: what the kind takes beyond that.
     """
 
     kind: str
     annotations: tuple[str, ...]
-    images: str | None = None
+    images: tuple[str, ...] = ()
     weight: float = 1.0
+    name: str | None = None
+    augment: Augment | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,11 +90,13 @@ class ShardsRecipe:
         kind: how a caption is written: kale, ocr or grounding (`aki.data.shards`).
         urls: paths, brace ranges (`{000..099}.tar`), or any URL that webdataset opens.
         weight: how often it is drawn, relative to the other shards of the stage.
+        name: what counts and messages call it; the kind if absent.
     """
 
     kind: str
     urls: tuple[str, ...]
     weight: float = 1.0
+    name: str | None = None
 
 
 @dataclass
@@ -173,9 +182,10 @@ class Recipe:
         devices: processes that a step's samples are for. Fewer accumulate gradients, so that a step stays the same.
         fsdp: transformers' `fsdp_config`, to shard the model over processes; without it each holds all of it.
         seed: of weights, data and everything drawn.
-        workers: processes that prepare batches.
+        workers: processes that prepare batches, for each that trains.
         bf16: autocast to bfloat16.
         attention: what computes the language model's attention: auto, merged, flex, sdpa or eager.
+        cache: a folder for parsed annotations; that of the `datasets` library if absent.
         feature_cache: a folder for the features of a frozen vision encoder, for pictures that repeat over epochs.
         report_to: the Trainer's integrations: none, tensorboard, trackio, wandb, ...
     """
@@ -192,6 +202,7 @@ class Recipe:
     workers: int = 1
     bf16: bool = False
     attention: str = "auto"
+    cache: str | None = None
     feature_cache: str | None = None
     report_to: tuple[str, ...] = field(default=("none",))
 
@@ -232,7 +243,6 @@ class Recipe:
                 f"{processes} processes cannot share evenly: start another number, or set devices."
             )
         return batches // processes
-
 
 
 class RecipeError(ValueError):
