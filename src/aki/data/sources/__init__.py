@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import inspect
 from difflib import get_close_matches
 from typing import Any
 
 from aki.data.sources.base import Source
+from aki.data.sources.captions import Captions
+from aki.data.sources.choices import AOKVQA, ScienceQA
+from aki.data.sources.columns import DatasetColumns
 from aki.data.sources.files import Paths, SourceError
+from aki.data.sources.gqa import GQA
+from aki.data.sources.llava import LlavaConversations, LlavaInstruct, LlavaPairs
+from aki.data.sources.messages import Messages
+from aki.data.sources.ocrvqa import OCRVQA
+from aki.data.sources.regions import RefCOCO, RefCOCOg, RefCOCOPlus, VisualGenome
 from aki.data.sources.vqav2 import VQAv2
+from aki.data.sources.vsr import VSR
 
 SOURCES: dict[str, type[Source]] = {
     "vqav2": VQAv2,
+    "gqa": GQA,
+    "vsr": VSR,
+    "ocrvqa": OCRVQA,
+    "aokvqa": AOKVQA,
+    "scienceqa": ScienceQA,
+    "refcoco": RefCOCO,
+    "refcoco+": RefCOCOPlus,
+    "refcocog": RefCOCOg,
+    "visual_genome": VisualGenome,
+    "llava_instruct": LlavaInstruct,
+    "llava_pairs": LlavaPairs,
+    "llava_conversations": LlavaConversations,
+    "messages": Messages,
+    "captions": Captions,
+    "datasets": DatasetColumns,
 }
+"""The paper's eleven (section 4), and what users bring."""
 
 __all__ = ["SOURCES", "Source", "SourceError", "open_source"]
 
@@ -27,10 +53,15 @@ def open_source(
         options: as `Source` takes them: seed, augment, cache; what a kind takes beyond that is in its own file.
 
     Raises:
-        SourceError: no such kind, files or folders, or another format.
+        SourceError: no such kind, option, file or folder, or another format.
     """
     if kind not in SOURCES:
         near = get_close_matches(kind, SOURCES, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(SOURCES)}."
         raise SourceError(f"there is no source of the kind {kind!r}. {hint}")
-    return SOURCES[kind](annotations, images, name=name or kind, **options)
+    given = {"images": images, "name": name or kind, **options}
+    try:
+        inspect.signature(SOURCES[kind]).bind(annotations, **given)
+    except TypeError as error:
+        raise SourceError(f"the source {name or kind!r} of the kind {kind!r} has wrong options: {error}.") from error
+    return SOURCES[kind](annotations, **given)

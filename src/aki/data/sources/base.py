@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -58,19 +59,19 @@ class Source(Dataset, ABC):
     ):
         self.name, self.seed, self.augment = name or type(self).__name__.lower(), seed, augment
         self.roots = ImageRoots(images)
-        self.rows = self._rows(find_files(annotations, self.FILES), cache)
+        self.rows = self.open_rows(annotations, cache)
 
-    @abstractmethod
     def entries(self, *files: Path) -> Iterable[Any]:
         """Read the annotations, an entry after the other; one that cannot be read is a BadSample in its place."""
+        raise NotImplementedError
 
-    @abstractmethod
     def parse(self, entry: Any) -> Iterator[Row]:
         """The rows of an entry, "id" and COLUMNS: one a sample, none for what belongs to another split.
 
         Raises:
             BadSample, or any error of taking an entry apart: it is counted as a sample that cannot be used.
         """
+        raise NotImplementedError
 
     @abstractmethod
     def chat(self, row: Row, rng: Random, view: View | None) -> list[dict[str, Any]]:
@@ -102,17 +103,16 @@ class Source(Dataset, ABC):
         """The sample as an epoch sees it: options in another order, another augmentation."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.name}")
-        row = self.rows[index]
-        key = f"{self.seed}/{self.name}/{row['id']}/{epoch}"
+        name = str(index)
         try:
-            if row["reason"]:
-                raise BadSample(row["reason"], row["detail"])
+            row = self.row(index)
+            name, key = row["id"], f"{self.seed}/{self.name}/{row['id']}/{epoch}"
             view = self.augment.draw(Random(f"{key}/view"), str(row), self.box(row)) if self.augment else None
             messages = [self._with_images(message, view) for message in self.chat(row, Random(key), view)]
             check_texts(messages)
         except BadSample as bad:
-            raise BadSample(bad.reason, bad.detail, self.name, row["id"]) from bad.__cause__
-        return Sample(messages, self.name, row["id"])
+            raise BadSample(bad.reason, bad.detail, self.name, bad.id or name) from bad.__cause__
+        return Sample(messages, self.name, name)
 
     def _with_images(self, message: dict[str, Any], view: View | None) -> dict[str, Any]:
         parts = [
@@ -132,13 +132,32 @@ class Source(Dataset, ABC):
         except ImageError as error:
             raise BadSample(error.reason, str(error)) from error
 
-    def _rows(self, files: list[Path], cache: str | Path | None) -> datasets.Dataset:
+    def files(self, annotations: Paths) -> list[Path]:
+        """The annotation files, all of which the cache depends on."""
+        return find_files(annotations, self.FILES)
+
+    def row(self, index: int) -> Row:
+        """
+        Raises:
+            BadSample: it could not be parsed.
+        """
+        row = self.rows[index]
+        if row["reason"]:
+            raise BadSample(row["reason"], row["detail"], id=row["id"])
+        return row
+
+    def open_rows(self, annotations: Paths, cache: str | Path | None) -> datasets.Dataset:
+        """The parsed annotations."""
+        files = self.files(annotations)
         columns: Columns = {"id": "string", "reason": "string", "detail": "string", **self.COLUMNS}
         key = fingerprint(files, type(self).__qualname__, self.VERSION, columns)
-        rows = parse_once(lambda: self._parsed(files), columns, key, cache)
+        form = f"{', '.join(map(str, files))}: not in the format of {type(self).__name__}"
+        try:
+            rows = parse_once(lambda: self._parsed(files), columns, key, cache)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise SourceError(f"{form}: {type(error).__name__} {error}") from error
         if len(rows) == 0 or rows.data.column("reason").null_count == 0:
-            why = f": {rows[0]['detail']}" if len(rows) else ", or none of its training split."
-            raise SourceError(f"{files[0]} holds no samples in the format of {type(self).__name__}{why}")
+            raise SourceError(f"{form}: {rows[0]['detail'] if len(rows) else 'no samples for training are in it.'}")
         return rows
 
     def _parsed(self, files: list[Path]) -> Iterator[Row]:
@@ -146,16 +165,24 @@ class Source(Dataset, ABC):
             try:
                 if isinstance(entry, BadSample):
                     raise entry
-                for row in self.parse(entry):
-                    yield {"reason": None, "detail": None, **checked(row, self.COLUMNS)}
+                with malformed(f"entry {number}", entry):
+                    for row in self.parse(entry):
+                        yield {"reason": None, "detail": None, **checked(row, self.COLUMNS)}
             except BadSample as bad:
-                yield self._bad_row(bad.id or f"entry {number}", bad.reason, bad.detail)
-            except (LookupError, TypeError, AttributeError, ValueError) as error:
-                shown = f"{type(error).__name__} {error} in {str(entry)[:200]}"
-                yield self._bad_row(f"entry {number}", Reason.MALFORMED, shown)
+                name = bad.id or f"entry {number}"
+                yield {"id": name, "reason": bad.reason, "detail": bad.detail, **dict.fromkeys(self.COLUMNS)}
 
-    def _bad_row(self, name: str, reason: str, detail: str) -> Row:
-        return {"id": name, "reason": reason, "detail": detail, **dict.fromkeys(self.COLUMNS)}
+
+@contextmanager
+def malformed(name: str, entry: Any) -> Iterator[None]:
+    """What goes wrong in taking an entry apart, as a BadSample of that name."""
+    try:
+        yield
+    except BadSample:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        detail = f"{type(error).__name__} {error} in {str(entry)[:200]}"
+        raise BadSample(Reason.MALFORMED, detail, id=name) from error
 
 
 def checked(row: Row, columns: Columns) -> Row:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import ijson
@@ -33,25 +34,24 @@ class ImageRoots:
         self.resolved = [folder.resolve() for folder in self.folders]
 
     def find(self, name: str) -> Path:
-        """The picture of that name, in the first folder that has it.
-
-        A link is followed as long as it ends in one of the folders.
+        """The file of that name, in the first folder that has it.
 
         Raises:
-            BadSample: no such file, or a name that reaches outside.
+            BadSample: no such file, or a name or a link that reaches outside.
         """
         if not name or "\0" in name:
             raise BadSample(Reason.MALFORMED, f"{name!r} names no image.")
-        outside = f"{name!r} does not stay inside {', '.join(map(str, self.folders)) or 'any image folder'}."
-        if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in PurePosixPath(name).parts:
-            raise BadSample(Reason.OUTSIDE_ROOT, outside)
-        for folder in self.resolved:
-            path = (folder / name).resolve()
-            if path.is_file():
-                if not any(path.is_relative_to(root) for root in self.resolved):
-                    raise BadSample(Reason.OUTSIDE_ROOT, outside)
-                return path
-        raise BadSample(Reason.MISSING_IMAGE, f"there is no {name} in {', '.join(map(str, self.folders))}.")
+        if "://" in name:
+            raise BadSample(Reason.MISSING_IMAGE, f"{name} is an address: download the picture into the image folder.")
+        where = ", ".join(map(str, self.folders)) or "any image folder (none is given)"
+        paths = [(folder / name).resolve() for folder in self.resolved]
+        inside = [path for path in paths if any(path.is_relative_to(root) for root in self.resolved)]
+        if not inside:
+            raise BadSample(Reason.OUTSIDE_ROOT, f"{name!r} is not inside {where}.")
+        found = next((path for path in inside if path.is_file()), None)
+        if found is None:
+            raise BadSample(Reason.MISSING_IMAGE, f"there is no {name} in {where}.")
+        return found
 
 
 def as_list(paths: Paths) -> list[str | Path]:
@@ -76,9 +76,21 @@ def find_files(annotations: Paths, names: Sequence[str]) -> list[Path]:
 
 
 def fingerprint(files: Iterable[Path], *parts: object) -> str:
-    """A name for what is read from files: another one when a file's path, size or time of change differs."""
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    """A name for what is read from files: another one when a file's path, size or time of change differs.
+
+    Of a folder the times of all folders below count, which change when a file comes or goes.
+    """
+    stats = [_stat(Path(place)) for file in files for place in _places(file)]
     return hashlib.sha256(repr((stats, parts)).encode()).hexdigest()[:32]
+
+
+def _places(file: Path) -> list[str]:
+    return sorted(place for place, _, _ in os.walk(file)) if file.is_dir() else [str(file)]
+
+
+def _stat(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
 
 
 def json_items(path: Path, prefix: str = "item") -> Iterator[Any]:

@@ -34,7 +34,7 @@ class VQAv2(ShortAnswers):
         questions, annotations = files
         answers = {entry["question_id"]: entry["multiple_choice_answer"] for entry in json_items(annotations, ANSWERS)}
         for entry in json_items(questions, QUESTIONS):
-            yield entry, answers.get(entry["question_id"])
+            yield entry, answers.get(entry.get("question_id"))
 
     def parse(self, entry: tuple[Row, str | None]) -> Iterator[Row]:
         question, answer = entry
