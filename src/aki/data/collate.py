@@ -158,5 +158,5 @@ def _picture(source: Any) -> Any:
         raise BadSample(error.reason, str(error)) from error
     short, long = sorted(image.size)
     if short < MIN_SIDE or long > MAX_ASPECT * short:
-        raise BadSample(Reason.ABSURD_SIZE, f"{source} has {image.width} x {image.height} pixels.")
+        raise BadSample(Reason.ABSURD_SIZE, f"the picture has {image.width} x {image.height} pixels.")
     return image

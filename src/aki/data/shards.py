@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlparse
 
 import numpy as np
 import webdataset
@@ -83,7 +84,8 @@ def open_shards(kind: str, urls: Sequence[str], name: str = "") -> ShardSet:
     if kind not in CAPTIONS:
         raise ShardError(f"there are no shards of the kind {kind!r}; there are {', '.join(CAPTIONS)}.")
     found = tuple(url for pattern in urls for url in expand_urls(pattern))
-    absent = [url for url in found if "://" not in url and not url.startswith("pipe:") and not Path(url).is_file()]
+    local = [url for url in found if urlparse(url).scheme in ("", "file")]
+    absent = [url for url in local if not Path(urlparse(url).path).is_file()]
     if absent or not found:
         raise ShardError(f"there is no shard at {absent[0] if absent else urls} ({len(absent)} of {len(found)}).")
     return ShardSet(name or kind, kind, found)
@@ -141,13 +143,15 @@ class ShardReader:
                 self.place = Place(start.turn, start.shard, number, at + 1)
                 yield block[order[at]]
         if empty:
-            yield BadSample(Reason.MALFORMED, f"{url} holds no samples.", self.shards.name, url)
+            yield BadSample(Reason.MALFORMED, "the tar holds no samples.", self.shards.name, url)
 
     def _members(self, url: str) -> Iterator[Member | BadSample]:
         broken: list[BadSample] = []
 
         def note(error: Exception) -> bool:
-            broken.append(BadSample(Reason.MALFORMED, f"{url}: {error.args[0]!r}", self.shards.name, url))
+            broken.append(
+                BadSample(Reason.MALFORMED, f"the tar cannot be read: {error.args[0]}", self.shards.name, url)
+            )
             return True
 
         for member in webdataset.tariterators.tarfile_samples([{"url": url}], handler=note):
