@@ -182,7 +182,7 @@ def used(sample):
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        (lambda tar: tar[:-11_000], "unexpected end of data"),
+        (lambda tar: tar[:3360], "unexpected end of data"),
         (lambda tar: b"<html>not found</html>" * 100, "invalid header"),
         (lambda tar: tar[-10240:], "holds no samples"),
     ],
