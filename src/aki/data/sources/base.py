@@ -241,11 +241,11 @@ def check_texts(messages: list[dict[str, Any]]) -> None:
 
 
 def said(text: Any, what: str) -> str:
-    """A text that must not be empty.
+    """A text without the white space at its ends, which must not be all of it.
 
     Raises:
         BadSample: it is, or is no text.
     """
     if not isinstance(text, str) or not text.strip():
         raise BadSample(Reason.EMPTY_TEXT, f"the {what} is empty.")
-    return text
+    return text.strip()
