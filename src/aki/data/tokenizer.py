@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerFast
 from aki.models.templates import ANSWER_TOKEN, END_OF_CHUNK_TOKEN, IMAGE_TOKEN, SYSTEM_TOKEN, USER_TOKEN
 
 PAD_TOKEN, EOS_TOKEN = "<pad>", "<|endoftext|>"
+VOCAB_SIZE = 600
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 600, bos_token: str | None = None, more: Sequence[str] = ()
+    texts: Iterable[str], vocab_size: int = VOCAB_SIZE, bos_token: str | None = None, more: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with AKI's special tokens; pads on the left, as generation wants it.
 

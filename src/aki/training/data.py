@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from aki.data.collate import ChatCollator
 from aki.data.feed import Feed, Loader, Position
@@ -38,15 +39,18 @@ def open_samples(
     """
     if stage.shards:
         weights = mixture_weights(stage.mixture, [one.weight for one in stage.shards], None)
-        sets = [open_shards(one.kind, one.urls, one.name or one.kind) for one in stage.shards]
+        sets = [
+            open_shards(one.kind, [_below(recipe.root, url) for url in one.urls], one.name or one.kind)
+            for one in stage.shards
+        ]
         return ShardMixture(sets, weights, recipe.seed, max(recipe.workers, 1), ranks, places)
     if not stage.sources:
         return None
     sources = [
         open_source(
             one.kind,
-            annotations=one.annotations,
-            images=one.images,
+            annotations=[_below(recipe.root, path) for path in one.annotations],
+            images=[_below(recipe.root, path) for path in one.images],
             name=one.name,
             seed=recipe.seed,
             augment=one.augment,
@@ -57,6 +61,11 @@ def open_samples(
     ]
     weights = mixture_weights(stage.mixture, [one.weight for one in stage.sources], [len(source) for source in sources])
     return Mixture(sources, weights, recipe.seed)
+
+
+def _below(root: str, path: str) -> str:
+    """A relative path below the root; an absolute one and a URL as they are."""
+    return path if urlparse(path).scheme else str(Path(root) / path)
 
 
 def stage_collator(processor: AkiProcessor, stage: StageRecipe) -> ChatCollator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from transformers import (
@@ -44,6 +45,16 @@ def build_model(recipe: Recipe, texts: Iterable[str] | None = None) -> tuple[Aki
     templates = {"default": SHORT if texts is None else AKI, "caption": CAPTION}
     processor = AkiProcessor(images, tokenizer, model.config.image_seq_length, chat_template=templates)
     return model, processor
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """The recipe with its three parts so small, and new, that a laptop trains them; everything else stays."""
+    heads = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = recipe.model.vision | heads | {"image_size": 4 * recipe.model.vision.get("patch_size", 16)}
+    text = recipe.model.text | heads | {"max_position_embeddings": 4096}
+    text |= {"num_key_value_heads": 2} if "num_key_value_heads" in text else {}
+    connector = recipe.model.connector | {"depth": 1, "num_heads": 2, "head_dim": 8}
+    return replace(recipe, model=ModelRecipe(vision, text, connector))
 
 
 def model_config(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase | None = None) -> AkiConfig:

@@ -178,6 +178,7 @@ class Recipe:
 
     Attributes:
         data: DigitScenes, for stages that name no data of their own.
+        root: the folder that relative paths of sources and shards are below.
         start_from: a folder with the model that the first stage starts from, instead of `model`.
         devices: processes that a step's samples are for. Fewer accumulate gradients, so that a step stays the same.
         fsdp: transformers' `fsdp_config`, to shard the model over processes; without it each holds all of it.
@@ -195,6 +196,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     pretrain: StageRecipe | None = None
     sft: StageRecipe | None = None
+    root: str = "."
     start_from: str | None = None
     devices: int = 1
     fsdp: dict[str, Any] | None = None
@@ -243,6 +245,11 @@ class Recipe:
                 f"{processes} processes cannot share evenly: start another number, or set devices."
             )
         return batches // processes
+
+    def processes(self, available: int) -> int:
+        """The most of the available processes that share every stage's steps evenly."""
+        batches = [self.stage(name).gradient_accumulation_steps * self.devices for name in self.stages]
+        return max(n for n in range(1, available + 1) if all(each % n == 0 for each in batches))
 
 
 class RecipeError(ValueError):

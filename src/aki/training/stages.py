@@ -164,6 +164,7 @@ def _arguments(job: Job) -> TrainingArguments:
         save_strategy="steps" if stage.save_every else "no",
         save_steps=stage.save_every or 500,
         save_total_limit=2,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=recipe.bf16,
         # There is nothing to shard over one process.
         fsdp=recipe.fsdp is not None and processes > 1,
@@ -234,7 +235,7 @@ def _training(job: Job) -> Path:
 def _relevant(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What of the recipe decides this stage's result."""
     values = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    for name in ("report_to", "workers", "name", "cache"):
+    for name in ("report_to", "workers", "name", "cache", "root"):
         values.pop(name)
     if stage == "pretrain":
         values.pop("sft")
