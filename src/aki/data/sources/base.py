@@ -151,14 +151,26 @@ class Source(Dataset, ABC):
         files = self.files(annotations)
         columns: Columns = {"id": "string", "reason": "string", "detail": "string", **self.COLUMNS}
         key = fingerprint(files, type(self).__qualname__, self.VERSION, columns)
-        form = f"{', '.join(map(str, files))}: not in the format of {type(self).__name__}"
         try:
-            rows = parse_once(lambda: self._parsed(files), columns, key, cache)
+            return parse_once(lambda: self._some_good(files), columns, key, cache)
         except (LookupError, TypeError, AttributeError) as error:
-            raise SourceError(f"{form}: {type(error).__name__} {error}") from error
-        if len(rows) == 0 or rows.data.column("reason").null_count == 0:
-            raise SourceError(f"{form}: {rows[0]['detail'] if len(rows) else 'no samples for training are in it.'}")
-        return rows
+            raise self._another_format(files, f"{type(error).__name__} {error}") from error
+
+    def _some_good(self, files: list[Path]) -> Iterator[Row]:
+        """The rows.
+
+        Raises:
+            SourceError: after them, if none of them can be used.
+        """
+        good, bad = 0, ""
+        for row in self._parsed(files):
+            good, bad = good + (row["reason"] is None), bad or row["detail"]
+            yield row
+        if not good:
+            raise self._another_format(files, bad or "no samples for training are in it.")
+
+    def _another_format(self, files: list[Path], why: str) -> SourceError:
+        return SourceError(f"{', '.join(map(str, files))}: not in the format of {type(self).__name__}: {why}")
 
     def _parsed(self, files: list[Path]) -> Iterator[Row]:
         for number, entry in enumerate(self.entries(*files)):
