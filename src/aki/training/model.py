@@ -31,20 +31,34 @@ def build_model(recipe: Recipe, texts: Iterable[str] | None = None) -> tuple[Aki
     Raises:
         RecipeError: an unknown field or kind of model, or backbones of other sizes than the recipe says.
     """
+    tokenizer = _tokenizer(recipe, texts)
     if recipe.model.from_backbones is not None:
-        tokenizer = _with_special_tokens(AutoTokenizer.from_pretrained(recipe.model.from_backbones.text))
         model = _join_backbones(recipe.model, tokenizer)
     else:
-        tokenizer = train_tokenizer(corpus(recipe.data.grid)) if texts is None else _chat_tokenizer(texts)
         model = AkiForConditionalGeneration(model_config(recipe.model, tokenizer))
-    mean, std = (PIXEL_MEAN, PIXEL_STD) if texts is None else (0.5, 0.5)
-    height, width = model.config.image_size
+    return model, _processor(model.config, tokenizer, texts is None)
+
+
+def build_processor(recipe: Recipe, texts: Iterable[str] | None = None) -> AkiProcessor:
+    """The processor of `build_model`, without a model."""
+    tokenizer = _tokenizer(recipe, texts)
+    return _processor(model_config(recipe.model, tokenizer), tokenizer, texts is None)
+
+
+def _tokenizer(recipe: Recipe, texts: Iterable[str] | None) -> PreTrainedTokenizerBase:
+    if recipe.model.from_backbones is not None:
+        return _with_special_tokens(AutoTokenizer.from_pretrained(recipe.model.from_backbones.text))
+    return train_tokenizer(corpus(recipe.data.grid)) if texts is None else _chat_tokenizer(texts)
+
+
+def _processor(config: AkiConfig, tokenizer: PreTrainedTokenizerBase, digits: bool) -> AkiProcessor:
+    mean, std = (PIXEL_MEAN, PIXEL_STD) if digits else (0.5, 0.5)
+    height, width = config.image_size
     images = SiglipImageProcessorPil(
         size={"height": height, "width": width}, image_mean=[mean] * 3, image_std=[std] * 3
     )
-    templates = {"default": SHORT if texts is None else AKI, "caption": CAPTION}
-    processor = AkiProcessor(images, tokenizer, model.config.image_seq_length, chat_template=templates)
-    return model, processor
+    templates = {"default": SHORT if digits else AKI, "caption": CAPTION}
+    return AkiProcessor(images, tokenizer, config.image_seq_length, chat_template=templates)
 
 
 def tiny(recipe: Recipe) -> Recipe:
