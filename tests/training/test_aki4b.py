@@ -87,7 +87,9 @@ def test_the_processor_writes_the_papers_prompt(sft):
     processor = AkiProcessor.from_pretrained(sft)
     assert processor.image_seq_length == 144
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
-    text = processor.tokenizer.apply_chat_template(chat, processor.chat_template["default"], tokenize=False)
+    text = processor.tokenizer.apply_chat_template(
+        chat, chat_template=processor.chat_template["default"], tokenize=False
+    )
     assert text.startswith("<s><|system|>\nA chat between a curious user")
     assert text.endswith("<|end|>\n<|user|>\n<image>\nWhy?<|end|>\n")
 
@@ -151,7 +153,7 @@ def test_wrong_data_is_a_sentence(released, pretrained, tmp_path, capsys):
         return says(capsys, short("sft", released, tmp_path / "run", "--start-from", pretrained, *more))
 
     assert "Did you mean 'vqav2'" in said("--sft.sources.0.kind", "vqav3")
-    assert "there are no annotations at" in said("--sft.sources.0.annotations", "nowhere")
+    assert "there are no annotations at" in said("--sft.sources.1.annotations", "nowhere")
     wrong = short("pretrain", released, tmp_path / "run", "--workers", "5")
     assert "kale has 4 shard(s), 1 process(es) with 5 worker(s) each need 5" in says(capsys, wrong)
 
