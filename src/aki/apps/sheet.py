@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +18,27 @@ from aki.attention import dense_mask, get_rule
 from aki.layout import IGNORE_INDEX, IMAGE, build_layout
 from aki.models.processing import AkiProcessor
 
-COLOURS = {"prompt": "#1a1a1a", "media": "#b45309", "label": "#2b6cb0", "neither": "#9ca3af"}
+COLOURS = {"prompt": "#1a1a1a", "media": "#b45309", "label": "#15803d", "neither": "#9ca3af"}
 """What a token is: read, a picture's placeholder, learned, or none of these."""
-COLUMNS, LINES = 64, 14
-"""Characters a line, and lines, that a sample's text has room for."""
+COLUMNS, LINES = 64, 24
+"""Characters a line, and lines, that a sample's text may take."""
 FONT = 7.0
 _CHARACTER = 0.6021 * FONT / 72
 """Inches that a character of DejaVu Sans Mono is wide."""
+_LINE, _TOP, _GAP = 0.135, 2.2, 0.3
+"""Inches: a line of text, what stands above the text, and between samples."""
+
+
+_WORD = re.compile(r"\n|[^\S\n]+|<\|?\w+\|?>|<|[^\s<]+")
+
+
+class Piece(NamedTuple):
+    """Some text of one kind, a key of COLOURS, and where it stands."""
+
+    line: int
+    column: int
+    text: str
+    part: str
 
 
 @dataclass(frozen=True)
@@ -58,13 +74,14 @@ def draw_sheet(samples: Sequence[Shown], processor: AkiProcessor, rule: str, pat
 
     across = min(across, len(samples))
     down = -(-len(samples) // across)
-    width, height = COLUMNS * _CHARACTER + 0.3, 4.1
-    figure = plt.figure(figsize=(across * width, down * height + 0.5), dpi=130)
-    share = height / (down * height + 0.5)
-    for place, shown in enumerate(samples):
+    texts = [lay_out(parts(shown.row, processor)) for shown in samples]
+    lines = 1 + max(piece.line for text in texts for piece in text)
+    width, height = COLUMNS * _CHARACTER, _TOP + lines * _LINE
+    figure = plt.figure(figsize=(across * (width + _GAP), down * (height + _GAP) + _GAP), dpi=130)
+    for place, (shown, text) in enumerate(zip(samples, texts, strict=True)):
         line, column = divmod(place, across)
-        box = (column / across, 1 - (line + 1) * share, 1 / across, share)
-        _draw_sample(figure, box, shown, processor, rule)
+        corner = (_GAP / 2 + column * (width + _GAP), _GAP + (down - 1 - line) * (height + _GAP))
+        _draw_sample(_Cell(figure, *corner, height), shown, text, processor, rule)
     legend = [
         Patch(color=COLOURS["prompt"], label="prompt"),
         Patch(color=COLOURS["media"], label="media"),
@@ -78,27 +95,60 @@ def draw_sheet(samples: Sequence[Shown], processor: AkiProcessor, rule: str, pat
     plt.close(figure)
 
 
-def _draw_sample(figure: Any, box: tuple[float, ...], shown: Shown, processor: AkiProcessor, rule: str) -> None:
-    left, bottom, width, height = box
-    tokens = shown.row["input_ids"].shape[1]
-    figure.text(left + 0.03 * width, bottom + 0.955 * height, f"{shown.title}, {tokens} tokens", fontsize=FONT + 1)
-    side = 0.44
-    picture = figure.add_axes((left + 0.03 * width, bottom + 0.46 * height, side * width, 0.46 * height))
+@dataclass(frozen=True)
+class _Cell:
+    """A place on the sheet, in inches from its lower left corner."""
+
+    figure: Any
+    left: float
+    bottom: float
+    height: float
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Any:
+        """Axes without ticks, `top` counted from the cell's upper edge."""
+        whole_width, whole_height = self.figure.get_size_inches()
+        bottom = self.bottom + self.height - top - height
+        box = ((self.left + left) / whole_width, bottom / whole_height, width / whole_width, height / whole_height)
+        axes = self.figure.add_axes(box)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return axes
+
+
+def _draw_sample(cell: _Cell, shown: Shown, text: Sequence[Piece], processor: AkiProcessor, rule: str) -> None:
+    side, strip = _TOP - 0.5, 0.07
+    width = COLUMNS * _CHARACTER
+    picture = cell.axes(0, 0.25, side, side)
+    picture.set_title(f"{shown.title}, {shown.row['input_ids'].shape[1]} tokens", fontsize=FONT + 1, loc="left")
     pictures = shown.row.get("pixel_values")
     if pictures is None:
         picture.text(0.5, 0.5, "no picture", ha="center", va="center", fontsize=FONT + 1, color=COLOURS["neither"])
     else:
         picture.imshow(as_seen(pictures, processor))
-    mask = figure.add_axes((left + 0.53 * width, bottom + 0.46 * height, side * width, 0.46 * height))
-    _draw_mask(mask, shown.row, processor, rule)
-    for axis in (picture, mask):
-        axis.set_xticks([])
-        axis.set_yticks([])
-    text = figure.add_axes((left + 0.03 * width, bottom + 0.02 * height, 0.94 * width, 0.42 * height))
-    text.set(xlim=(0, COLUMNS), ylim=(LINES, 0))
-    text.axis("off")
-    for line, column, piece, part in lay_out(parts(shown.row, processor)):
-        text.text(column, line, piece, color=COLOURS[part], family="DejaVu Sans Mono", fontsize=FONT, va="top")
+    _draw_mask(cell.axes(width - side, 0.25, side, side), shown.row, processor, rule)
+    kinds = np.array([list(COLOURS).index(kind) for kind in token_kinds(shown.row, processor)])
+    for where, shape in (
+        ((width - side - 1.5 * strip, 0.25, strip, side), (-1, 1)),
+        ((width - side, 0.25 + side + 0.5 * strip, side, strip), (1, -1)),
+    ):
+        _draw_kinds(cell.axes(*where), kinds.reshape(shape))
+    lines = 1 + max(piece.line for piece in text)
+    written = cell.axes(0, _TOP, width, lines * _LINE)
+    written.set(xlim=(0, COLUMNS), ylim=(lines, 0))
+    written.axis("off")
+    for piece in text:
+        colour = COLOURS[piece.part]
+        place = (piece.column, piece.line + 0.8)
+        written.text(*place, piece.text, color=colour, family="DejaVu Sans Mono", fontsize=FONT, va="baseline")
+
+
+def _draw_kinds(axes: Any, kinds: np.ndarray) -> None:
+    """A strip of one cell a token."""
+    from matplotlib.colors import ListedColormap
+
+    colours = ListedColormap(list(COLOURS.values()))
+    axes.imshow(kinds, cmap=colours, vmin=0, vmax=len(COLOURS) - 1, interpolation="nearest", aspect="auto")
+    axes.axis("off")
 
 
 def as_seen(pixel_values: Tensor, processor: AkiProcessor) -> np.ndarray:
@@ -124,41 +174,48 @@ def _draw_mask(axis: Any, row: dict[str, Tensor], processor: AkiProcessor, rule:
     axis.imshow(shades, cmap=colours, vmin=0, vmax=3, interpolation="nearest")
 
 
-def parts(row: dict[str, Tensor], processor: AkiProcessor) -> list[tuple[str, str]]:
-    """The text in runs of one kind, as (text, kind); an image's placeholders as one word with their number.
-
-    Kinds are the keys of COLOURS.
-    """
+def token_kinds(row: dict[str, Tensor], processor: AkiProcessor) -> list[str]:
+    """What each token is, a key of COLOURS."""
     ids, labels, blocks = (row[name][0].tolist() for name in ("input_ids", "labels", "prompt_block_ids"))
+    return [
+        "media"
+        if token == processor.image_token_id
+        else "label"
+        if label != IGNORE_INDEX
+        else "prompt"
+        if block >= 0
+        else "neither"
+        for token, label, block in zip(ids, labels, blocks, strict=True)
+    ]
 
-    def kind(place: int) -> str:
-        if ids[place] == processor.image_token_id:
-            return "media"
-        if labels[place] != IGNORE_INDEX:
-            return "label"
-        return "prompt" if blocks[place] >= 0 else "neither"
 
+def parts(row: dict[str, Tensor], processor: AkiProcessor) -> list[tuple[str, str]]:
+    """The text in runs of one kind, as (text, kind); an image's placeholders as one word with their number."""
+    ids = row["input_ids"][0].tolist()
     runs = []
-    for part, places in groupby(range(len(ids)), key=kind):
-        run = [ids[place] for place in places]
-        text = f"{processor.image_token} x {len(run)}" if part == "media" else processor.tokenizer.decode(run)
+    for part, tokens in groupby(zip(ids, token_kinds(row, processor), strict=True), key=itemgetter(1)):
+        run = [token for token, _ in tokens]
+        text = f"{processor.image_token} x {len(run)} " if part == "media" else processor.tokenizer.decode(run)
         runs.append((text, part))
     return runs
 
 
-def lay_out(runs: Sequence[tuple[str, str]]) -> list[tuple[int, int, str, str]]:
-    """Runs on lines of COLUMNS characters, as (line, column, text, kind); what does not fit ends with an ellipsis."""
-    placed: list[tuple[int, int, str, str]] = []
+def lay_out(runs: Sequence[tuple[str, str]], columns: int = COLUMNS, lines: int = LINES) -> list[Piece]:
+    """Runs on lines, broken between words; of a longer text the middle is left out."""
+    placed: list[Piece] = []
     line = column = 0
     for text, part in runs:
-        for number, rest in enumerate(text.split("\n")):
-            if number:
+        for word in _WORD.findall(text):
+            if word == "\n" or (column + len(word) > columns and column > 0):
                 line, column = line + 1, 0
-            while rest:
-                piece, rest = rest[: COLUMNS - column], rest[COLUMNS - column :]
-                if line >= LINES:
-                    last = placed.pop()
-                    return [*placed, (last[0], last[1], last[2][: COLUMNS - last[1] - 1] + "…", last[3])]
-                placed.append((line, column, piece, part))
-                line, column = (line + 1, 0) if rest else (line, column + len(piece))
-    return placed
+            if word.isspace():
+                column += len(word) if column else 0
+            else:
+                placed.append(Piece(line, column, word[:columns], part))
+                column += len(word)
+    missing = line + 1 - lines
+    if missing <= 0:
+        return placed
+    head = lines // 2
+    end = [piece._replace(line=piece.line - missing) for piece in placed if piece.line > head + missing]
+    return [*(piece for piece in placed if piece.line < head), Piece(head, 0, "…", "neither"), *end]

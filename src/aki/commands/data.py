@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,12 +25,14 @@ class Show:
     picture: Path = Path("sheet.png")
     stage: Literal["pretrain", "sft"] | None = None
     """The recipe's last if absent."""
+    tiny: bool = False
+    """As `aki train --tiny`: small pictures, and a tokenizer of the data's own text."""
 
     def run(self, overrides: list[str]) -> None:
         from aki.apps.sheet import Shown, draw_sheet
         from aki.training.view import stage_view
 
-        recipe = read_recipe(self.recipe, overrides)
+        recipe = _recipe(self.recipe, overrides, self.tiny)
         stage = self.stage or recipe.stages[-1]
         view = stage_view(recipe, stage)
         shown = view.first(self.n, lambda s: Shown(f"{s.source}/{s.id}", view.collator.encode(s)[0]))
@@ -48,9 +50,11 @@ class Check:
     """All if absent."""
     limit: int = 0
     """Samples of each source, evenly spread; 0 reads all."""
+    tiny: bool = False
+    """As `aki train --tiny`: small pictures, and a tokenizer of the data's own text."""
 
     def run(self, overrides: list[str]) -> None:
-        recipe = read_recipe(self.recipe, overrides)
+        recipe = _recipe(self.recipe, overrides, self.tiny)
         for stage in (self.stage,) if self.stage else recipe.stages:
             self._check(recipe, stage)
 
@@ -80,3 +84,10 @@ class Data:
 
     def run(self, overrides: list[str]) -> None:
         self.action.run(overrides)
+
+
+def _recipe(path: Path, overrides: list[str], small: bool) -> Recipe:
+    from aki.training.model import tiny
+
+    recipe = read_recipe(path, overrides)
+    return replace(tiny(recipe), start_from=None) if small else recipe

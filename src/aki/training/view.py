@@ -16,7 +16,7 @@ from aki.data.shards import ShardMixture, ShardSet
 from aki.models import AkiProcessor
 from aki.training.data import open_samples, stage_collator, texts
 from aki.training.model import build_processor
-from aki.training.recipe import Recipe, StageRecipe
+from aki.training.recipe import Recipe, RecipeError, StageRecipe
 
 Used = TypeVar("Used")
 
@@ -49,14 +49,19 @@ def stage_view(recipe: Recipe, name: str) -> StageView:
     """
     Raises:
         SourceError, ShardError: data that is not there.
+        RecipeError: nor is the model that the recipe starts from.
     """
     stage = recipe.stage(name)
     samples = open_samples(recipe, stage, 1, {})
-    started = Path(recipe.start_from or "")
-    if (started / "processor_config.json").exists():
-        processor = AkiProcessor.from_pretrained(started)
-    else:
+    if recipe.start_from is None:
         processor = build_processor(recipe, None if samples is None else texts(samples))
+    elif (Path(recipe.start_from) / "processor_config.json").exists():
+        processor = AkiProcessor.from_pretrained(recipe.start_from)
+    else:
+        raise RecipeError(
+            f"{recipe.start_from} holds no processor: run the stage before it first, or name another folder with "
+            "--start-from, or look with --tiny, which needs none."
+        )
     collator = stage_collator(processor, stage)
     if samples is None:
         scenes = training_scenes(recipe, stage, processor)
