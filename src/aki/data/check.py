@@ -161,12 +161,17 @@ def check_source(
         limit: samples, evenly spread; 0 is all.
     """
     checked, started = Checked(name), time.perf_counter()
-    for part in DataLoader(Once(source, collator, limit), batch_size=None, num_workers=workers):
+    # torch's own conversion of what workers send adds a Counter to itself.
+    for part in DataLoader(Once(source, collator, limit), None, num_workers=workers, collate_fn=_as_it_is):
         checked.report.merge(part.report)
         checked.lengths.update(part.lengths)
         checked.images += part.images
     checked.seconds = time.perf_counter() - started
     return checked
+
+
+def _as_it_is(part: Part) -> Part:
+    return part
 
 
 def table(all_checked: Sequence[Checked]) -> str:
