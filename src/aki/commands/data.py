@@ -36,7 +36,7 @@ class Show:
         stage = self.stage or recipe.stages[-1]
         view = stage_view(recipe, stage)
         shown = view.first(self.n, lambda s: Shown(f"{s.source}/{s.id}", view.collator.encode(s)[0]))
-        draw_sheet(shown, view.collator.processor, recipe.stage(stage).rule, self.picture)
+        draw_sheet(shown, view.processor, recipe.stage(stage).rule, self.picture)
         print(f"{len(shown)} samples of {stage} drawn in {self.picture}")
 
 

@@ -30,6 +30,7 @@ class StageView:
         samples: their mixture, or the only source itself where there is none.
     """
 
+    processor: AkiProcessor
     collator: ChatCollator
     sources: Sequence[tuple[str, Indexed | ShardSet]]
     samples: Mixture | ShardMixture | DigitScenes
@@ -65,9 +66,9 @@ def stage_view(recipe: Recipe, name: str) -> StageView:
     collator = stage_collator(processor, stage)
     if samples is None:
         scenes = training_scenes(recipe, stage, processor)
-        return StageView(collator, [("digits", scenes)], scenes)
+        return StageView(processor, collator, [("digits", scenes)], scenes)
     sources: Sequence[Any] = samples.sets if isinstance(samples, ShardMixture) else samples.sources
-    return StageView(collator, [(source.name, source) for source in sources], samples)
+    return StageView(processor, collator, [(source.name, source) for source in sources], samples)
 
 
 def training_scenes(recipe: Recipe, stage: StageRecipe, processor: AkiProcessor) -> DigitScenes:
