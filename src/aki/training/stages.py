@@ -25,6 +25,7 @@ from aki.training.model import build_model
 from aki.training.recipe import Recipe
 from aki.training.scoring import accuracy_by_skill
 from aki.training.trainer import AkiTrainer, Progress, has_whole_checkpoint, last_whole_checkpoint, replace_progress
+from aki.training.view import training_scenes
 
 RESULT = "result.json"
 
@@ -192,10 +193,9 @@ def _digits_trainer(
     collator: ChatCollator,
 ) -> AkiTrainer:
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
-    samples = stage.steps * stage.batch_size * stage.gradient_accumulation_steps * recipe.devices
-    train = DigitScenes("train", stage.task, samples, _image_size(processor), recipe.data.grid, recipe.seed)
+    train = training_scenes(recipe, stage, processor)
     if "vision_encoder" in stage.frozen:
-        pixel_values = collator([train[i] for i in range(min(8, samples))])["pixel_values"]
+        pixel_values = collator([train[i] for i in range(min(8, len(train)))])["pixel_values"]
         _settle_encoder(model, pixel_values, recipe, arguments.device)
     held_out = questions(recipe, processor, "test", recipe.data.eval_size, seed=0)
     return AkiTrainer(
