@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aki.attention.prompts import PromptBlockWriter
+from aki.data.fast import FastInputs, fast_inputs
 from aki.data.report import BadSample, Reason
 from aki.data.schema import Sample
 from aki.layout import IGNORE_INDEX
@@ -21,6 +22,8 @@ from aki.models.processing import AkiProcessor, labels_from_prompt_blocks
 
 MIN_SIDE, MAX_ASPECT = 4, 100
 """Pixels that a picture's sides must have, and how many times as long as the other one may be."""
+
+Inputs = Callable[[Sequence[Sample]], dict[str, Tensor]]
 
 
 @dataclass
@@ -34,16 +37,20 @@ class ChatCollator:
         processor: AKI's, or another model's in `aki.write_prompt_blocks`.
         template: name of the processor's chat template; None is its default.
         max_length: tokens a sample may have, placeholders of images included.
+        raw_pixels: `encode` leaves pictures as bytes, which the trainer normalises on the model's device.
     """
 
     processor: AkiProcessor | PromptBlockWriter
     max_length: int
     template: str | None = None
+    raw_pixels: bool = False
     special: re.Pattern[str] = field(init=False, repr=False)
+    fast: FastInputs | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         tokens = {token.content for token in self.processor.tokenizer.added_tokens_decoder.values()}
         self.special = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+        self.fast = fast_inputs(self.processor, self.template)
 
     def encode(self, sample: Sample) -> tuple[dict[str, Tensor], bool]:
         """One sample as a batch of its own, and whether its answer lost its tail.
@@ -56,7 +63,7 @@ class ChatCollator:
             messages = [
                 {**message, "content": list(map(self._part, message["content"]))} for message in sample.messages
             ]
-            batch, shortened = self._encode([replace(sample, messages=messages)])
+            batch, shortened = self._encode([replace(sample, messages=messages)], self._fast_inputs)
         except BadSample as bad:
             raise BadSample(bad.reason, bad.detail, sample.source, sample.id) from bad.__cause__
         except ClipError as error:
@@ -68,7 +75,7 @@ class ChatCollator:
         Raises:
             BadSample: a sample's length leaves nothing of its answer.
         """
-        return self._encode(samples)[0]
+        return self._encode(samples, self._inputs)[0]
 
     def _part(self, part: dict[str, Any]) -> dict[str, Any]:
         """A part of a message with its picture opened.
@@ -83,28 +90,43 @@ class ChatCollator:
             raise BadSample("special token in a text", f"{found[0]!r} would be read as the chat's own.")
         return part
 
-    def _encode(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[bool]]:
-        batch = self._tokenize(samples)
+    def _inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        return dict(
+            self.processor.apply_chat_template(
+                [sample.messages for sample in samples],
+                chat_template=self.template,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
+            )
+        )
+
+    def _fast_inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Of one sample, the fast way where there is one for what it holds."""
+        (sample,) = samples
+        kinds = {part["type"] for message in sample.messages for part in message["content"]}
+        if self.fast is None or not kinds <= {"text", "image"}:
+            return self._inputs(samples)
+        return self.fast(sample.messages, self.raw_pixels)
+
+    def _encode(self, samples: Sequence[Sample], inputs: Inputs) -> tuple[dict[str, Tensor], list[bool]]:
+        """The inputs with labels and cut to length, and which of the samples were."""
+        batch = self._labelled(inputs(samples))
         lengths = batch["attention_mask"].sum(1).tolist()
         if max(lengths) > self.max_length:
-            batch = self._shorten(batch, lengths, samples)
+            batch = self._shorten(batch, lengths, samples, inputs)
         return batch, [length > self.max_length for length in lengths]
 
-    def _tokenize(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        batch = self.processor.apply_chat_template(
-            [sample.messages for sample in samples],
-            chat_template=self.template,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
-        )
-        batch["labels"] = labels_from_prompt_blocks(
+    def _labelled(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        labels = labels_from_prompt_blocks(
             batch["input_ids"], batch["attention_mask"], batch["prompt_block_ids"], *self.processor.media_token_ids
         )
-        return dict(batch)
+        return {**batch, "labels": labels}
 
-    def _shorten(self, batch: dict[str, Tensor], lengths: list[int], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def _shorten(
+        self, batch: dict[str, Tensor], lengths: list[int], samples: Sequence[Sample], inputs: Inputs
+    ) -> dict[str, Tensor]:
         kept = [self._kept(row, length) for row, length in zip(batch["labels"], lengths, strict=True)]
         for length, end, sample in zip(lengths, kept, samples, strict=True):
             if end == 0:
@@ -118,7 +140,7 @@ class ChatCollator:
         answers = [_runs(row[:end]) for row, end in zip(batch["labels"], kept, strict=True)]
         rest = [_with_answers(sample, number) for sample, number in zip(samples, answers, strict=True)]
         if any(len(short.messages) < len(whole.messages) for short, whole in zip(rest, samples, strict=True)):
-            batch = self._tokenize(rest)
+            batch = self._labelled(inputs(rest))
         gone = torch.arange(max(kept)) >= torch.tensor(kept)[:, None]
         fill = {"input_ids": self.processor.tokenizer.pad_token_id, "prompt_block_ids": -1, "labels": IGNORE_INDEX}
         shape = batch["input_ids"].shape

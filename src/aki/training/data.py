@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -12,7 +12,6 @@ from urllib.parse import urlparse
 from aki.data.collate import ChatCollator
 from aki.data.feed import Feed, Loader, Position
 from aki.data.mixture import Mixture, mixture_weights
-from aki.data.pixels import fast_processor
 from aki.data.report import DataReport
 from aki.data.shards import ShardMixture, open_shards
 from aki.data.sources import open_source
@@ -71,7 +70,7 @@ def _below(root: str, path: str) -> str:
 def stage_collator(processor: AkiProcessor, stage: StageRecipe) -> ChatCollator:
     """What makes model inputs of the stage's samples."""
     template = "caption" if stage.task == "caption" else None
-    return ChatCollator(fast_processor(processor), stage.max_length, template)
+    return ChatCollator(processor, stage.max_length, template)
 
 
 def stage_loader(
@@ -85,6 +84,7 @@ def stage_loader(
     pin_memory: bool = False,
 ) -> Loader:
     """The batches of one process."""
+    collator = replace(collator, raw_pixels=collator.fast is not None)
     feed = Feed(samples, collator, stage.batch_size, stage.row_tokens if stage.packing else None, rank, ranks)
     return Loader(feed, recipe.workers, position, stage.max_bad_share, pin_memory)
 

@@ -17,10 +17,10 @@ FLOPS_FORMULA = (
     "attention, over features and latents; times 3 where it is trained, 2 where only a gradient passes, else 1"
 )
 MEMORY_FORMULA = (
-    "4 bytes a parameter and 4 + 8 where it is trained (gradient, AdamW), over the processes under FSDP, which gathers in "
-    "compute precision its largest layer and what is in no layer; activations of 34 bytes x batch x tokens x width x "
-    "layers in 16 bits, twice that in 32 (Korthikanti et al., 2022, without attention scores); 10 bytes a text token's "
-    "logit; without fragmentation and CUDA's own"
+    "4 bytes a parameter and 4 + 8 where it is trained (gradient, AdamW), over the processes under FSDP, which gathers "
+    "in compute precision its largest layer and what is in no layer; activations of 34 bytes x batch x tokens x width "
+    "x layers in 16 bits, twice that in 32 (Korthikanti et al., 2022, without attention scores); 10 bytes a text "
+    "token's logit; without fragmentation and CUDA's own"
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -67,6 +68,7 @@ def tiny(recipe: Recipe) -> Recipe:
     vision = recipe.model.vision | heads | {"image_size": 4 * recipe.model.vision.get("patch_size", 16)}
     text = recipe.model.text | heads | {"max_position_embeddings": 4096}
     text |= {"num_key_value_heads": 2} if "num_key_value_heads" in text else {}
+    text.pop("vocab_size", None)  # the trained tokenizer's
     connector = recipe.model.connector | {"depth": 1, "num_heads": 2, "head_dim": 8}
     return replace(recipe, model=ModelRecipe(vision, text, connector))
 
@@ -77,7 +79,7 @@ def model_config(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase | None 
     Args:
         tokenizer: decides the vocabulary; None keeps the recipe's, for counting.
     """
-    text = dict(recipe.text)
+    text = recipe.text | {"pad_token_id": None}
     image_token_id = 0
     if tokenizer is not None:
         text |= {
@@ -110,8 +112,9 @@ def _join_backbones(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> 
         recipe.from_backbones.text,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vocab_size=len(tokenizer),
+        dtype=torch.float32,
         connector_config=wanted.connector_config.to_dict(),
-    ).float()
+    )
     model.config.text_config.pad_token_id = tokenizer.pad_token_id
     return model
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -47,6 +48,15 @@ class AkiTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         return super().get_train_dataloader() if self.loader is None else self.loader
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As the Trainer's; pictures that come as bytes are normalised where the model is."""
+        inputs = super()._prepare_inputs(inputs)
+        pixels = inputs.get("pixel_values")
+        fast = None if self.loader is None else self.loader.feed.collator.fast
+        if fast is not None and pixels is not None and pixels.dtype == torch.uint8:
+            inputs["pixel_values"] = fast.pixels.normalise(pixels)
+        return inputs
 
     def data_report(self) -> DataReport:
         """What all processes have counted; every one of them has to ask."""
