@@ -128,6 +128,7 @@ def test_what_cannot_be_looked_at_is_a_sentence(faulty, capsys):
         (["show", SFT, "--root", str(faulty)], "holds no processor"),
         (["check", SFT, "--root", str(faulty / "nowhere"), "--tiny"], "nowhere"),
         (["show", "recipes/digits.yaml", "--picture", str(faulty)], "names no picture file"),
+        (["show", "recipes/digits.yaml", "--n", "0"], "nothing to draw"),
         (["show", "recipes/digits.yaml", "--stage", "sft", "--sft.batch", "3"], "--sft.batch"),
     ):
         with pytest.raises(SystemExit):
@@ -185,3 +186,17 @@ def test_of_long_texts_the_middle_is_left_out():
     ]  # fmt: skip
     assert [piece.line for piece in pieces] == list(range(10))
     assert pieces[-1].part == "label"
+
+
+def test_the_mask_is_the_rules_own_also_where_it_goes_by_rings(tmp_path):
+    tells = collator()
+    row, _ = tells.encode(Sample([user(Image.new("RGB", (24, 24)), "a"), assistant("1")], "s", "1"))
+    closed = tuple(bytes.fromhex("e8b4b4"))
+    drawn = {}
+    for rule in ("mma", "concentric"):
+        draw_sheet([Shown("s/1", row)], tells.processor, rule, tmp_path / f"{rule}.png")
+        picture = Image.open(tmp_path / f"{rule}.png").convert("RGB")
+        mask = picture.crop((0, 0, picture.width, int(picture.height * 0.7)))  # without the legend
+        drawn[rule] = {colour for _, colour in mask.getcolors(1 << 24)}
+    assert closed in drawn["concentric"], "an inner ring is closed to the outer one"
+    assert closed not in drawn["mma"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,10 +63,12 @@ def draw_sheet(samples: Sequence[Shown], processor: AkiProcessor, rule: str, pat
         across: samples beside each other.
 
     Raises:
-        ValueError: the path names no picture file.
+        ValueError: the path names no picture file, or there are no samples.
     """
     if path.is_dir() or not path.suffix:
         raise ValueError(f"{path} names no picture file: give it a name and a format, for instance sheet.png.")
+    if not samples:
+        raise ValueError("there is nothing to draw: ask for at least one sample.")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -162,11 +165,14 @@ def as_seen(pixel_values: Tensor, processor: AkiProcessor) -> np.ndarray:
 def _draw_mask(axis: Any, row: dict[str, Tensor], processor: AkiProcessor, rule: str) -> None:
     from matplotlib.colors import ListedColormap
 
+    side = math.isqrt(processor.image_seq_length)
     layout = build_layout(
         row["input_ids"],
         {IMAGE: processor.image_token_id},
         processor.image_seq_length,
         prompt_block_ids=row["prompt_block_ids"],
+        # Only rules that number tokens by their place in the picture ask for it.
+        grids={IMAGE: (side, side)} if side**2 == processor.image_seq_length else None,
     )
     seen, causal = (dense_mask(get_rule(name), layout)[0] for name in (rule, "causal"))
     shades = torch.where(seen, torch.where(causal, 1, 2), torch.where(causal, 3, 0))

@@ -138,7 +138,7 @@ class DataReport:
         counts = {(name, reason): n for name in names for reason, n in self.sources[name].skipped.items()}
         name, reason = max(counts, key=lambda key: counts[key])
         examples = "; ".join(f"{name}/{example}" for example in self.sources[name].examples[reason][:3])
-        return f"Most are {reason!r} in {name} ({counts[name, reason]}), for instance {examples}"
+        return f"Most are {reason!r} in {name} ({counts[name, reason]}), for instance {examples.rstrip('.')}."
 
     def summary(self) -> str:
         """One line: how many of how many, by source and reason."""
