@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,3 +225,10 @@ def test_two_processes_share_a_step_and_one_goes_on(released, pretrained, tmp_pa
 
 def losses(folder):
     return [loss for _, loss in result(folder)["losses"]]
+
+
+@pytest.mark.slow
+def test_the_model_shards_as_the_recipe_says():
+    script = Path(__file__).with_name("sharded.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run(launch, check=True, env=environment())

@@ -90,18 +90,20 @@ class FastInputs:
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        encoded = self.tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        answers = [0] * len(ids)
+        encoded = self.tokenizer.backend_tokenizer.encode(texts[0], add_special_tokens=False)
+        answers = [0] * len(encoded)
         for start, end in spans[0]:
-            for token, (first, last) in enumerate(encoded["offset_mapping"]):
+            for token, (first, last) in enumerate(encoded.offsets):
                 if first < end and last > start:
                     answers[token] = 1
-        blocks = self.processor.prompt_blocks(ids, [1] * len(ids), answers)
-        rows = torch.tensor([ids, blocks])
-        placeholders = rows[0] == self.processor.image_token_id
-        repeats = torch.where(placeholders, self.processor.image_seq_length, 1)
-        input_ids, prompt_block_ids = rows.repeat_interleave(repeats, 1)[:, None]
+        blocks = self.processor.prompt_blocks(encoded.ids, [1] * len(encoded), answers)
+        image = self.processor.image_token_id
+        tokens: tuple[list[int], list[int]] = ([], [])
+        for token, block in zip(encoded.ids, blocks, strict=True):
+            repeats = self.processor.image_seq_length if token == image else 1
+            tokens[0].extend([token] * repeats)
+            tokens[1].extend([block] * repeats)
+        input_ids, prompt_block_ids = torch.tensor(tokens)[:, None]
         inputs = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
