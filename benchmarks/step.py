@@ -47,9 +47,9 @@ def set_up(batches: int):
     torch.manual_seed(0)
     model, processor = build_model(recipe)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    size = recipe.sft.batch_size
+    size = recipe.stage("sft").batch_size
     data = DigitScenes("train", "question", batches * size, processor.image_processor.size["height"], recipe.data.grid)
-    collate = ChatCollator(processor, recipe.sft.max_length)
+    collate = ChatCollator(processor, recipe.stage("sft").max_length)
     return model.train(), optimizer, [collate([data[i * size + j] for j in range(size)]) for i in range(batches)]
 
 

@@ -13,6 +13,7 @@ import tyro
 from aki.commands.chat import Chat
 from aki.commands.compare import Compare
 from aki.commands.convert import Convert
+from aki.commands.data import Data
 from aki.commands.mask import Mask
 from aki.commands.train import Train
 from aki.training.recipe import RecipeError
@@ -23,8 +24,9 @@ COMMANDS: tuple[Any, ...] = (
     Chat,
     Convert,
     Mask,
+    Data,
 )
-TAKE_RECIPE_FIELDS = (Train, Compare)  # --sft.steps 100
+TAKE_RECIPE_FIELDS = (Train, Compare, Data)  # --sft.steps 100
 
 
 def main(arguments: list[str] | None = None) -> None:

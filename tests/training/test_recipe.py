@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,39 @@ def test_numbers_as_yaml_writes_them(tmp_path):
     recipe = load_recipe(write(tmp_path, lambda v: v["sft"].update(learning_rate="1e-3", clip=1)))
     assert recipe.sft.learning_rate == 0.001
     assert recipe.sft.clip == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sources": [{"kind": "gqa"}]}, "the key 'sft.sources[0].annotations' is missing"),
+        ({"sources": [{"kind": "gqa", "annotations": "a", "wait": 3}]}, "did you mean 'weight'"),
+        ({"sources": [{"kind": "gqa", "annotations": "a", "weight": -1}]}, "cannot be negative or all zero"),
+        ({"sources": [{"kind": "gqa", "annotations": "a"}], "shards": [{"kind": "kale", "urls": "u"}]}, "either"),
+        ({"shards": [{"kind": "kale", "urls": "u"}], "mixture": "proportional"}, "use weights or uniform"),
+        ({"shards": [{"kind": "kale", "urls": "u"}], "mixture": "evenly"}, "mixture 'evenly' is not known"),
+        ({"sources": [{"kind": "gqa", "annotations": "a"}], "eval_every": 5}, "set it to 0"),
+    ],
+)
+def test_data_of_a_stage(tmp_path, change, message):
+    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    values["sft"] |= {"eval_every": 0} | change
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(path)
+
+
+def test_one_stage_is_a_recipe_and_none_is_not(tmp_path):
+    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    del values["pretrain"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    recipe = load_recipe(path)
+    assert recipe.stages == ("sft",)
+    with pytest.raises(RecipeError, match="stage 'pretrain' is not known; there are sft"):
+        recipe.stage("pretrain")
+    del values["sft"]
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(RecipeError, match="at least one stage: pretrain or sft"):
+        load_recipe(path)

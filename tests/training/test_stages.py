@@ -143,13 +143,15 @@ def test_schedule_and_decay_are_the_papers(tiny_recipe, tmp_path):
     """Warm-up from the minimum rate, a cosine back to it; no decay of norms, biases and input embeddings."""
     import math
 
-    from aki.training.stages import _collator, _trainer, build_model
+    from aki.training.data import stage_collator
+    from aki.training.stages import _arguments, _digits_trainer
 
     stage = tiny_recipe.sft = replace(
         tiny_recipe.sft, steps=20, warmup_steps=5, min_learning_rate=1e-4, learning_rate=1e-3
     )
     model, processor = build_model(tiny_recipe)
-    trainer = _trainer(Job(tiny_recipe, "sft", tmp_path), model, processor, _collator(processor, stage))
+    job = Job(tiny_recipe, "sft", tmp_path)
+    trainer = _digits_trainer(job, _arguments(job), model, processor, stage_collator(processor, stage))
     trainer.create_optimizer_and_scheduler(20)
     rates = []
     for _ in range(20):

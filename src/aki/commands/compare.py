@@ -32,7 +32,7 @@ class Compare:
 
         recipe = read_recipe(self.recipe, overrides)
         results = run_comparison(recipe, self.output, self.rules, self.seeds, self.parallel)
-        print("\n" + write_report(results, recipe.sft.steps, self.output))
+        print("\n" + write_report(results, recipe.stage("sft").steps, self.output))
         best, picture = self.output / self.rules[-1], self.output / "scene.png"
         for question, said, truth in three_questions(recipe, best, picture):
             print(f"{question}  {said}" + ("" if said == truth else f"  (it is {truth})"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import tyro
+from tyro.conf import AvoidSubcommands
 
 from aki.training.recipe import Recipe, load_recipe
 
@@ -12,4 +13,7 @@ from aki.training.recipe import Recipe, load_recipe
 def read_recipe(path: Path, overrides: list[str]) -> Recipe:
     """The recipe in a YAML file with the fields that the command line sets."""
     recipe = load_recipe(path)
-    return tyro.cli(Recipe, args=overrides, default=recipe, prog=f"aki ... {path}") if overrides else recipe
+    if not overrides:
+        return recipe
+    # A stage that is there is a group of fields, not a choice between a stage and none.
+    return tyro.cli(Recipe, args=overrides, default=recipe, prog=f"aki ... {path}", config=(AvoidSubcommands,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from aki.commands.shared import read_recipe
-from aki.training.recipe import STAGES
+from aki.training.recipe import Recipe
 
 
 @dataclass
@@ -21,28 +23,87 @@ class Train:
     output: Path | None = None
     """Where the models go, runs/NAME if absent."""
     stage: Literal["all", "pretrain", "sft"] = "all"
-    """All go to folders of their own in --output, one alone to --output itself."""
+    """Of two stages, all go to folders of their own in --output; one alone goes to --output itself."""
     start_from: Path | None = None
-    """A folder with the model that the first stage starts from."""
+    """A folder with the model that the first stage starts from, the recipe's if absent."""
     resume: bool = False
     """Go on from the last whole checkpoint."""
     progress: Literal["bar", "json"] = "bar"
     """A bar for a person, or JSON lines on standard output for a program."""
+    dry_run: bool = False
+    """Print what it would take, and load and train nothing."""
+    tiny: bool = False
+    """Shrink the three parts, and keep everything else: a rehearsal."""
+    processes: int | None = None
+    """That train on this machine, a GPU each; as many of its GPUs as can share a step if absent. On several machines
+    start torchrun or accelerate launch yourself."""
 
     def run(self, overrides: list[str]) -> None:
+        recipe = read_recipe(self.recipe, overrides)
+        if self.tiny:
+            from aki.training.model import tiny
+
+            recipe = tiny(recipe)
+        processes = self._processes(recipe)
+        if self.dry_run:
+            self._print_estimates(recipe, processes)
+        elif processes > 1 and not _launched():
+            _launch(processes)
+        else:
+            self._train(recipe)
+
+    def _stages(self, recipe: Recipe) -> tuple[str, ...]:
+        if self.stage == "all":
+            return recipe.stages
+        recipe.stage(self.stage)
+        return (self.stage,)
+
+    def _processes(self, recipe: Recipe) -> int:
+        if _launched():
+            return int(os.environ["WORLD_SIZE"])
+        if self.processes is not None:
+            return self.processes
+        if self.dry_run:
+            return recipe.devices
+
+        import torch
+
+        return recipe.processes(max(torch.cuda.device_count(), 1))
+
+    def _print_estimates(self, recipe: Recipe, processes: int) -> None:
+        from aki.training.estimate import describe, estimate
+
+        for name in self._stages(recipe):
+            stage = recipe.stage(name)
+            print(describe(name, stage, estimate(recipe, stage, processes)))
+
+    def _train(self, recipe: Recipe) -> None:
         from aki.training.stages import Job, run_stage
 
-        recipe = read_recipe(self.recipe, overrides)
         output = self.output or Path("runs") / recipe.name
-        start_from = self.start_from
-        for name in STAGES if self.stage == "all" else (self.stage,):
-            folder = output / name if self.stage == "all" else output
+        start_from = self.start_from or (Path(recipe.start_from) if recipe.start_from else None)
+        names = self._stages(recipe)
+        says = self.progress == "bar" and int(os.environ.get("RANK", 0)) == 0
+        for name in names:
+            folder = output / name if len(names) > 1 else output
             stage = recipe.stage(name)
-            if self.progress == "bar":
-                start = start_from or "random weights"
+            if says:
+                start = start_from or ("trained backbones" if recipe.model.from_backbones else "random weights")
                 print(f"{name}: {stage.steps} steps of {stage.batch_size}, rule {stage.rule}, from {start} to {folder}")
             result = run_stage(Job(recipe, name, folder, start_from, self.resume, name, self.progress == "json"))
-            if self.progress == "bar":
+            if says:
                 scores = [f"  {skill} {value:.3f}" for skill, value in result.get("test", {}).items()]
                 print(*scores, f"  saved in {folder}", sep="\n")
             start_from = folder
+
+
+def _launched() -> bool:
+    """Whether torchrun or accelerate launch started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
+def _launch(processes: int) -> None:
+    """Start this command in so many processes."""
+    from torch.distributed.run import main
+
+    main(["--standalone", "--nproc-per-node", str(processes), "-m", "aki", *sys.argv[1:]])

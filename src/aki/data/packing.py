@@ -68,7 +68,7 @@ def _media_of(rows: Sequence[Row]) -> Row:
 
 @dataclass
 class PackedCollator:
-    """Rows to a batch, as long as its longest row."""
+    """Rows, packed or of one sample each, to a batch, as long as its longest row."""
 
     pad_token_id: int
 
@@ -78,10 +78,21 @@ class PackedCollator:
         return {name: torch.cat([row[name] for row in padded]) for name in padded[0]} | _media_of(rows)
 
     def _pad(self, row: Row, missing: int) -> Row:
-        fill = {"input_ids": self.pad_token_id, "prompt_block_ids": -1, "labels": IGNORE_INDEX}
-        padded = {name: torch.nn.functional.pad(row[name], (0, missing), value=fill[name]) for name in fill}
-        padded["position_ids"] = torch.cat([row["position_ids"], torch.arange(missing)[None]], 1)
+        fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "prompt_block_ids": -1, "labels": IGNORE_INDEX}
+        padded = {
+            name: torch.nn.functional.pad(row[name], (0, missing), value=value)
+            for name, value in fill.items()
+            if name in row
+        }
+        if "position_ids" in row:
+            padded["position_ids"] = torch.cat([row["position_ids"], torch.arange(missing)[None]], 1)
         return padded
+
+
+def pack(samples: Sequence[Row], row_tokens: int) -> list[Row]:
+    """Rows of up to `row_tokens` tokens that hold all of the samples."""
+    bins = first_fit_decreasing([sample["input_ids"].shape[1] for sample in samples], row_tokens)
+    return [join([samples[item] for item in items]) for items in bins]
 
 
 class PackedRows(IterableDataset):
@@ -108,9 +119,7 @@ class PackedRows(IterableDataset):
             order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
             for chosen in order.split(self.buffer)[first::step]:
                 samples = [self._sample(index) for index in chosen.tolist()]
-                lengths = [sample["input_ids"].shape[1] for sample in samples]
-                for items in first_fit_decreasing(lengths, self.row_tokens):
-                    yield join([samples[item] for item in items])
+                yield from pack(samples, self.row_tokens)
 
     def _sample(self, index: int) -> Row:
         return self.encode([self.dataset[index]])

@@ -49,9 +49,11 @@ def plan(recipe: Recipe, rules: Sequence[str], seeds: int) -> tuple[list[Cell], 
     first, second = [], []
     for seed in range(recipe.seed, recipe.seed + seeds):
         suffix = "" if seed == recipe.seed else f"-seed{seed}"
-        start = Cell(f"pretrain{suffix}", "pretrain", recipe.pretrain.rule, seed, recipe.pretrain.steps)
+        start = Cell(
+            f"pretrain{suffix}", "pretrain", recipe.stage("pretrain").rule, seed, recipe.stage("pretrain").steps
+        )
         first.append(start)
-        second += [Cell(f"{rule}{suffix}", "sft", rule, seed, recipe.sft.steps, start.name) for rule in rules]
+        second += [Cell(f"{rule}{suffix}", "sft", rule, seed, recipe.stage("sft").steps, start.name) for rule in rules]
     return first, second
 
 

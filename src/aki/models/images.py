@@ -18,9 +18,22 @@ MAX_PIXELS = 100_000_000
 _SHOWN = 200
 """Characters of a name that a message repeats: a string that should have been a path may be a whole file."""
 
+_ORIENTATION = 0x0112
+"""The EXIF tag; 1 is upright."""
+
 
 class ImageError(ValueError):
-    """A picture that cannot be read."""
+    """A picture that cannot be read. `reason` is what counts of such pictures are kept by."""
+
+    reason = "broken image"
+
+
+class MissingImageError(ImageError):
+    reason = "missing image"
+
+
+class ImageSizeError(ImageError):
+    reason = "absurd size"
 
 
 def open_image(source: Any, *, timeout: float = 30.0) -> Image.Image:
@@ -45,15 +58,17 @@ def open_image(source: Any, *, timeout: float = 30.0) -> Image.Image:
             _check_size(name, image)
             image.seek(0)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            # exif_transpose copies what is upright already.
+            upright = image.getexif().get(_ORIENTATION, 1) == 1
+            return _to_rgb(image if upright else ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except FileNotFoundError as error:
-        raise ImageError(f"there is no picture at {name}.") from error
+        raise MissingImageError(f"there is no picture at {name}.") from error
     except IsADirectoryError as error:
         raise ImageError(f"{name} is a folder, not a picture.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is refused, it would unpack to too many pixels: {error}") from error
+        raise ImageSizeError(f"{name} is refused, it would unpack to too many pixels: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not a picture that Pillow can read.") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -65,9 +80,9 @@ def open_image(source: Any, *, timeout: float = 30.0) -> Image.Image:
 
 def _check_size(name: str, image: Image.Image) -> None:
     if image.width == 0 or image.height == 0:
-        raise ImageError(f"{name} has no pixels ({image.width} x {image.height}).")
+        raise ImageSizeError(f"{name} has no pixels ({image.width} x {image.height}).")
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
+        raise ImageSizeError(
             f"{name} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are allowed: "
             "scale it down first."
         )

@@ -114,11 +114,12 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
         vocab_size: int | None = None,
         video_encoder: str | None = None,
         audio_encoder: str | None = None,
+        dtype: torch.dtype | None = None,
         **config,
     ) -> AkiForConditionalGeneration:
         """Join pretrained encoders and a pretrained language model through new connectors.
 
-        All of it takes the dtype of the language model's checkpoint.
+        All of it takes one dtype, by default that of the language model's checkpoint.
 
         Args:
             vision_encoder: hub id or folder of the encoder.
@@ -127,6 +128,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
             vocab_size: `len(tokenizer)` after adding tokens; the embeddings grow to it.
             video_encoder: hub id or folder of an encoder of frames; goes with `video_token_id`.
             audio_encoder: hub id or folder of an audio encoder; goes with `audio_token_id`.
+            dtype: of all weights; a wider one than their checkpoints' loses nothing.
             config: further fields of `AkiConfig`.
 
         Raises:
@@ -155,7 +157,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
             model.resize_token_embeddings(vocab_size)
         for media in joined.media.values():
             model.add_module(media.connector, _connector_of(media, joined).apply(model._init_weights))
-        return model.to(model.language_model.dtype)
+        return model.to(dtype or model.language_model.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -188,7 +188,7 @@ class AkiProcessor(ProcessorMixin):
             out = self._with_answers_marked(conversation, *args, **kwargs)
         answers = out["assistant_masks"] if asked_for_masks else out.pop("assistant_masks")
         out["prompt_block_ids"] = [
-            self._prompt_blocks(*row) for row in zip(out["input_ids"], out["attention_mask"], answers, strict=True)
+            self.prompt_blocks(*row) for row in zip(out["input_ids"], out["attention_mask"], answers, strict=True)
         ]
         return BatchFeature(dict(out), tensor_type=return_tensors)
 
@@ -228,7 +228,12 @@ class AkiProcessor(ProcessorMixin):
             *args, **kwargs, processor_kwargs=dict(processor_kwargs or {}), return_tensors=None
         )
 
-    def _prompt_blocks(self, input_ids: list[int], attention_mask: list[int], answers: list[int]) -> list[int]:
+    def prompt_blocks(self, input_ids: list[int], attention_mask: list[int], answers: list[int]) -> list[int]:
+        """The prompt block of each token of a chat, -1 for answers and padding.
+
+        Args:
+            answers: 1 for what stands between the generation tags of the chat template.
+        """
         starts_answer = [token == self.answer_token_id for token in input_ids]
         prompt = [
             bool(real and (start or not answer))

@@ -14,17 +14,34 @@ from typing import Any
 import yaml
 
 from aki.attention import BACKENDS, get_rule
+from aki.data.augment import Augment
 
 PARTS = ("vision_encoder", "connector", "language_model")
+STAGES = ("pretrain", "sft")
+MIXTURES = ("weights", "proportional", "uniform")
+
+
+@dataclass
+class BackbonesRecipe:
+    """Hub ids or folders of trained parts: the vision encoder, and the language model with its tokenizer."""
+
+    vision: str
+    text: str
 
 
 @dataclass
 class ModelRecipe:
-    """The parts, each as its transformers configuration: `model_type` and the sizes that differ from its defaults."""
+    """The parts, each as its transformers configuration: `model_type` and the sizes that differ from its defaults.
+
+    Attributes:
+        from_backbones: where trained parts come from; None starts from random weights of those sizes. The sizes above
+            must be theirs: what a run needs is known before anything is downloaded.
+    """
 
     vision: dict[str, Any]
     text: dict[str, Any]
     connector: dict[str, Any]
+    from_backbones: BackbonesRecipe | None = None
 
 
 @dataclass
@@ -43,8 +60,48 @@ class DataRecipe:
 
 
 @dataclass
+class SourceRecipe:
+    """A data set of chats, read by one of `aki.data.sources`.
+
+    Attributes:
+        kind: which reader, as `vqav2`.
+        annotations: its files as released, in the reader's order, or the folder that they lie in.
+        images: the folder of its pictures, or several.
+        weight: how often it is drawn, relative to the other sources of the stage.
+        name: what counts and messages call it; the kind if absent.
+        augment: changes of the pictures; none if absent.
+        options: what the kind takes beyond that.
+    """
+
+    kind: str
+    annotations: tuple[str, ...]
+    images: tuple[str, ...] = ()
+    weight: float = 1.0
+    name: str | None = None
+    augment: Augment | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ShardsRecipe:
+    """Captioned pictures in webdataset tars.
+
+    Attributes:
+        kind: how a caption is written: kale, ocr or grounding (`aki.data.shards`).
+        urls: paths, brace ranges (`{000..099}.tar`), or any URL that webdataset opens.
+        weight: how often it is drawn, relative to the other shards of the stage.
+        name: what counts and messages call it; the kind if absent.
+    """
+
+    kind: str
+    urls: tuple[str, ...]
+    weight: float = 1.0
+    name: str | None = None
+
+
+@dataclass
 class StageRecipe:
-    """One stage of training.
+    """One stage of training, on DigitScenes unless it names `sources` or `shards`.
 
     Attributes:
         task: `caption` (all of the text is learned) or `question` (the answer is learned).
@@ -56,6 +113,9 @@ class StageRecipe:
         max_length: tokens a sample may have.
         packing: fill rows of up to `row_tokens` tokens with whole samples; `batch_size` then counts rows.
         log_every, eval_every, save_every: in steps; 0 is never.
+        sources, shards: the data, one or the other.
+        mixture: how often each is drawn: by its `weights`, `proportional` to its size (sources), or all `uniform`.
+        max_bad_share: the share of samples that may be unusable before the run ends.
     """
 
     task: str
@@ -76,9 +136,15 @@ class StageRecipe:
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 500
+    sources: tuple[SourceRecipe, ...] = ()
+    shards: tuple[ShardsRecipe, ...] = ()
+    mixture: str = "weights"
+    max_bad_share: float = 0.01
 
     def __post_init__(self) -> None:
         get_rule(self.rule)
+        _one_of("mixture", self.mixture, MIXTURES)
+        self._check_data()
         _one_of("task", self.task, ("caption", "question"))
         for part in self.frozen:
             _one_of("frozen", part, PARTS)
@@ -93,44 +159,97 @@ class StageRecipe:
         if set(self.frozen) == set(PARTS):
             raise RecipeError("frozen names every part: there is nothing left to train.")
 
+    def _check_data(self) -> None:
+        if self.sources and self.shards:
+            raise RecipeError("a stage reads either sources or shards: give the others a stage of their own.")
+        if self.shards and self.mixture == "proportional":
+            raise RecipeError("nobody knows how many samples shards hold before reading them: use weights or uniform.")
+        if self.eval_every and (self.sources or self.shards):
+            raise RecipeError("eval_every measures DigitScenes: set it to 0, and evaluate the model that is saved.")
+        for name in ("sources", "shards"):
+            weights = [one.weight for one in getattr(self, name)]
+            if weights and (min(weights) < 0 or max(weights) == 0):
+                raise RecipeError(f"the weights of {name} cannot be negative or all zero, they are {weights}.")
+
 
 @dataclass
 class Recipe:
-    """A run: a model, its data, and the stages, each of which starts from the one before.
+    """A run: a model, its data, and one stage or both, each of which starts from the one before.
 
     Attributes:
+        data: DigitScenes, for stages that name no data of their own.
+        root: the folder that relative paths of sources and shards are below.
+        start_from: a folder with the model that the first stage starts from, instead of `model`.
+        devices: processes that a step's samples are for. Fewer accumulate gradients, so that a step stays the same.
+        fsdp: transformers' `fsdp_config`, to shard the model over processes; without it each holds all of it.
         seed: of weights, data and everything drawn.
-        workers: processes that prepare batches.
+        workers: processes that prepare batches, for each that trains.
         bf16: autocast to bfloat16.
         attention: what computes the language model's attention: auto, merged, flex, sdpa or eager.
+        cache: a folder for parsed annotations; that of the `datasets` library if absent.
         feature_cache: a folder for the features of a frozen vision encoder, for pictures that repeat over epochs.
         report_to: the Trainer's integrations: none, tensorboard, trackio, wandb, ...
     """
 
     name: str
     model: ModelRecipe
-    data: DataRecipe
-    pretrain: StageRecipe
-    sft: StageRecipe
+    data: DataRecipe = field(default_factory=DataRecipe)
+    pretrain: StageRecipe | None = None
+    sft: StageRecipe | None = None
+    root: str = "."
+    start_from: str | None = None
+    devices: int = 1
+    fsdp: dict[str, Any] | None = None
     seed: int = 0
     workers: int = 1
     bf16: bool = False
     attention: str = "auto"
+    cache: str | None = None
     feature_cache: str | None = None
     report_to: tuple[str, ...] = field(default=("none",))
 
     def __post_init__(self) -> None:
         _one_of("attention", self.attention, (*BACKENDS, "sdpa", "eager"))
-        if self.feature_cache and any("vision_encoder" not in stage.frozen for stage in (self.pretrain, self.sft)):
+        stages = [self.stage(name) for name in self.stages]
+        if not stages:
+            raise RecipeError(f"a recipe has at least one stage: {' or '.join(STAGES)}.")
+        if self.devices < 1:
+            raise RecipeError(f"devices must be at least 1, it is {self.devices}.")
+        if self.feature_cache and any("vision_encoder" not in stage.frozen for stage in stages):
             raise RecipeError(
-                "feature_cache needs a vision_encoder that is frozen in both stages: its features change."
+                "feature_cache needs a vision_encoder that is frozen in every stage: its features change."
             )
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The names of its stages, in order."""
+        return tuple(name for name in STAGES if getattr(self, name) is not None)
+
     def stage(self, name: str) -> StageRecipe:
-        return getattr(self, _one_of("stage", name, STAGES))
+        """
+        Raises:
+            RecipeError: it has no such stage.
+        """
+        return getattr(self, _one_of("stage", name, self.stages))
 
+    def accumulation(self, stage: StageRecipe, processes: int) -> int:
+        """Batches that a process takes before each step, so that a step has the recipe's samples on so many processes.
 
-STAGES = ("pretrain", "sft")
+        Raises:
+            RecipeError: they cannot be dealt out evenly.
+        """
+        batches = stage.gradient_accumulation_steps * self.devices
+        if batches % processes:
+            raise RecipeError(
+                f"a step has {batches} batches ({self.devices} devices x {stage.gradient_accumulation_steps}), which "
+                f"{processes} processes cannot share evenly: start another number, or set devices."
+            )
+        return batches // processes
+
+    def processes(self, available: int) -> int:
+        """The most of the available processes that share every stage's steps evenly."""
+        batches = [self.stage(name).gradient_accumulation_steps * self.devices for name in self.stages]
+        return max(n for n in range(1, available + 1) if all(each % n == 0 for each in batches))
 
 
 class RecipeError(ValueError):
@@ -170,7 +289,9 @@ def build(kind: Any, value: Any, where: str) -> Any:
             return None
         return build(next(option for option in inner if option is not type(None)), value, where)
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(build(inner[0], item, where) for item in value)
+        return tuple(build(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is tuple and inner[0] is str and isinstance(value, str):
+        return (value,)
     if origin is dict and isinstance(value, dict):
         return value
     # YAML reads 1e-3 as text.

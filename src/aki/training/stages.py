@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, TrainingArguments, set_seed
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers import TrainingArguments, set_seed
 
 from aki.data.collate import ChatCollator
-from aki.data.digits import PIXEL_MEAN, PIXEL_STD, DigitScenes, corpus
+from aki.data.digits import DigitScenes
 from aki.data.packing import PackedCollator, PackedRows
-from aki.data.tokenizer import train_tokenizer
-from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.data.report import TooManyBadSamples
+from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
-from aki.models.templates import CAPTION, SHORT
-from aki.training.recipe import Recipe, StageRecipe, known
+from aki.training.data import REPORT, load_position, open_samples, stage_collator, stage_loader, texts
+from aki.training.model import build_model
+from aki.training.recipe import Recipe
 from aki.training.scoring import accuracy_by_skill
 from aki.training.trainer import AkiTrainer, Progress, has_whole_checkpoint, last_whole_checkpoint, replace_progress
+from aki.training.view import training_scenes
 
 RESULT = "result.json"
 
@@ -58,6 +59,9 @@ def run_stage(job: Job) -> dict[str, Any]:
 
     Raises:
         RunError: the output holds a run and `resume` is not set, or a run of another recipe.
+        SourceError, ShardError: data that is not there.
+        ResumeError: a number of processes on which the run cannot go on.
+        TooManyBadSamples: of the data.
         LeakError: the stage's rule does not fit its data.
     """
     fingerprint = {"stage": job.stage, "recipe": _relevant(job.recipe, job.stage)}
@@ -65,59 +69,50 @@ def run_stage(job: Job) -> dict[str, Any]:
     if finished is not None:
         return finished
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
+    arguments = _arguments(job)
+    rank, ranks = arguments.process_index, arguments.world_size
+    checkpoint = last_whole_checkpoint(_training(job), clear=rank == 0)
+    position = load_position(checkpoint, recipe, stage, rank, ranks)
+    samples = open_samples(recipe, stage, ranks, position.places)
     set_seed(recipe.seed)
-    model, processor = _load(job.start_from) if job.start_from else build_model(recipe)
+    if job.start_from:
+        model, processor = _load(job.start_from)
+    else:
+        model, processor = build_model(recipe, None if samples is None else texts(samples))
     model.config.attention_rule = stage.rule
     model.set_attn_implementation({"text_config": recipe.attention})
     for part in stage.frozen:
         getattr(model, part).requires_grad_(False)
-    collator = _collator(processor, stage)
-    trainer = _trainer(job, model, processor, collator)
+    collator = stage_collator(processor, stage)
+    loader = None
+    if samples is None:
+        trainer = _digits_trainer(job, arguments, model, processor, collator)
+    else:
+        loader = stage_loader(samples, collator, recipe, stage, rank, ranks, position, torch.cuda.is_available())
+        if "vision_encoder" in stage.frozen:
+            pictured = samples.peek(8, lambda sample: collator.encode(sample)[0].get("pixel_values"))
+            _settle_encoder(model, torch.cat([one for one in pictured if one is not None]), recipe, arguments.device)
+        trainer = AkiTrainer(model, arguments, data_collator=collator, loader=loader)
+    replace_progress(trainer, Progress(job.title or job.stage, _training(job) / "log.txt", job.machine))
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(_training(job)))
-    seconds = time.perf_counter() - started
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except TooManyBadSamples:
+        if loader is not None:
+            loader.report.write(job.output / REPORT)
+        raise
     result = fingerprint | {
         "curve": [_point(entry) for entry in trainer.state.log_history if "eval_accuracy" in entry],
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds": seconds,
+        "seconds": time.perf_counter() - started,
         "guard_seconds": trainer.guard_seconds,
     }
-    if stage.task == "question":
+    if samples is None and stage.task == "question":
         test = questions(recipe, processor, "test", recipe.data.test_size, seed=1)
         result["test"] = accuracy_by_skill(model, collator, test)
-    model.save_pretrained(job.output)
-    processor.save_pretrained(job.output)
-    write_json(job.output / RESULT, result)
+    _save(job, trainer, processor, result)
     return result
-
-
-def build_model(recipe: Recipe) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
-    """A new model with random weights, and a processor whose tokenizer is trained from the data's own text."""
-    tokenizer = train_tokenizer(corpus(recipe.data.grid))
-    text = recipe.model.text | {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }
-    text_config = _config("text", text)
-    _check_fields("connector", recipe.model.connector, AkiConnectorConfig())
-    config = AkiConfig(
-        vision_config=_config("vision", recipe.model.vision),
-        text_config=text_config,
-        connector_config=recipe.model.connector,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        initializer_range=text_config.initializer_range,
-    )
-    model = AkiForConditionalGeneration(config)
-    size = recipe.model.vision["image_size"]
-    image_processor = SiglipImageProcessorPil(
-        size={"height": size, "width": size}, image_mean=[PIXEL_MEAN] * 3, image_std=[PIXEL_STD] * 3
-    )
-    templates = {"default": SHORT, "caption": CAPTION}
-    processor = AkiProcessor(image_processor, tokenizer, config.image_seq_length, chat_template=templates)
-    return model, processor
 
 
 def questions(recipe: Recipe, processor: AkiProcessor, split: str, size: int, seed: int) -> DigitScenes:
@@ -131,22 +126,29 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def _trainer(
-    job: Job, model: AkiForConditionalGeneration, processor: AkiProcessor, collator: ChatCollator
-) -> AkiTrainer:
+def _save(job: Job, trainer: AkiTrainer, processor: AkiProcessor, result: dict[str, Any]) -> None:
+    """Model, processor and what was measured; the result comes last, because it says that the stage is done."""
+    report = None if trainer.loader is None else trainer.data_report()
+    # All processes take part: each may hold a shard of the weights.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(job.output, state_dict=weights)
+        processor.save_pretrained(job.output)
+        if report is not None:
+            report.write(job.output / REPORT)
+        write_json(job.output / RESULT, result)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _arguments(job: Job) -> TrainingArguments:
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
-    samples = stage.steps * stage.batch_size * stage.gradient_accumulation_steps
-    train = DigitScenes("train", stage.task, samples, _image_size(processor), recipe.data.grid, recipe.seed)
-    if "vision_encoder" in stage.frozen:
-        _settle_encoder(model, collator([train[i] for i in range(min(8, samples))])["pixel_values"], recipe)
-    held_out = questions(recipe, processor, "test", recipe.data.eval_size, seed=0)
-    training = _training(job)
-    training.mkdir(parents=True, exist_ok=True)
-    arguments = TrainingArguments(
-        output_dir=str(training),
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    own_loader = bool(stage.sources or stage.shards)
+    return TrainingArguments(
+        output_dir=str(_training(job)),
         max_steps=stage.steps,
         per_device_train_batch_size=stage.batch_size,
-        gradient_accumulation_steps=stage.gradient_accumulation_steps,
+        gradient_accumulation_steps=recipe.accumulation(stage, processes),
         learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine_warmup_with_min_lr",
         lr_scheduler_kwargs={
@@ -166,8 +168,13 @@ def _trainer(
         bf16=recipe.bf16,
         # Without an accelerator transformers refuses bf16 unless it is told that this is meant.
         use_cpu=not torch.accelerator.is_available(),
+        # There is nothing to shard over one process.
+        fsdp=recipe.fsdp is not None and processes > 1,
+        fsdp_config=dict(recipe.fsdp or {}),
         seed=recipe.seed,
         report_to=list(recipe.report_to),
+        # A loader of our own begins where the checkpoint says, so nothing is skipped.
+        ignore_data_skip=own_loader,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_persistent_workers=recipe.workers > 0,
@@ -177,7 +184,22 @@ def _trainer(
         disable_tqdm=True,
         label_names=["labels"],
     )
-    trainer = AkiTrainer(
+
+
+def _digits_trainer(
+    job: Job,
+    arguments: TrainingArguments,
+    model: AkiForConditionalGeneration,
+    processor: AkiProcessor,
+    collator: ChatCollator,
+) -> AkiTrainer:
+    recipe, stage = job.recipe, job.recipe.stage(job.stage)
+    train = training_scenes(recipe, stage, processor)
+    if "vision_encoder" in stage.frozen:
+        pixel_values = collator([train[i] for i in range(min(8, len(train)))])["pixel_values"]
+        _settle_encoder(model, pixel_values, recipe, arguments.device)
+    held_out = questions(recipe, processor, "test", recipe.data.eval_size, seed=0)
+    return AkiTrainer(
         model,
         arguments,
         data_collator=PackedCollator(processor.tokenizer.pad_token_id) if stage.packing else collator,
@@ -185,39 +207,22 @@ def _trainer(
         eval_dataset=held_out,
         score=lambda current: accuracy_by_skill(current, collator, held_out),
     )
-    replace_progress(trainer, Progress(job.title or job.stage, training / "log.txt", job.machine))
-    return trainer
 
 
-def _settle_encoder(model: AkiForConditionalGeneration, pixel_values: Tensor, recipe: Recipe) -> None:
+def _settle_encoder(
+    model: AkiForConditionalGeneration, pixel_values: Tensor, recipe: Recipe, device: torch.device
+) -> None:
     """A frozen encoder runs in the lowest precision that keeps its features, and once a picture if there is a cache."""
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     model.vision_encoder.to(device)
     model.encoder_dtype = lowest_precision(model.patch_features, pixel_values.to(device))
     if recipe.feature_cache is not None:
         model.feature_cache = FeatureCache(recipe.feature_cache, model.vision_encoder, model.encoder_dtype)
 
 
-def _collator(processor: AkiProcessor, stage: StageRecipe) -> ChatCollator:
-    return ChatCollator(processor, stage.max_length, "caption" if stage.task == "caption" else None)
-
-
 def _load(folder: Path) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
     if not (folder / "config.json").exists():
         raise RunError(f"{folder} holds no model to start from: run the stage before it first.")
     return AkiForConditionalGeneration.from_pretrained(folder), AkiProcessor.from_pretrained(folder)
-
-
-def _config(part: str, sizes: dict[str, Any]):
-    """The transformers configuration of a part, whose fields are as strict as the recipe's own."""
-    kind = known("model_type", sizes.get("model_type", ""), CONFIG_MAPPING, f"model.{part}")
-    _check_fields(part, sizes, AutoConfig.for_model(kind))
-    return AutoConfig.for_model(**sizes)
-
-
-def _check_fields(part: str, sizes: dict[str, Any], defaults: PreTrainedConfig) -> None:
-    for name in sizes:
-        known("key", name, [field for field in dir(defaults) if not field.startswith("_")], f"model.{part}")
 
 
 def _image_size(processor: AkiProcessor) -> int:
@@ -231,7 +236,7 @@ def _training(job: Job) -> Path:
 def _relevant(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What of the recipe decides this stage's result."""
     values = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    for name in ("report_to", "workers", "name"):
+    for name in ("report_to", "workers", "name", "cache", "root"):
         values.pop(name)
     if stage == "pretrain":
         values.pop("sft")
@@ -245,9 +250,9 @@ def _finished(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
     if not job.resume and (result.exists() or begun):
         raise RunError(f"{job.output} already holds a run: pass --resume to continue it, or choose another --output.")
     if not begun and not result.exists():
-        job.output.mkdir(parents=True, exist_ok=True)
         _training(job).mkdir(parents=True, exist_ok=True)
-        write_json(_training(job) / "run.json", fingerprint)
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_json(_training(job) / "run.json", fingerprint)
         return None
     recorded = _training(job) / "run.json"
     if recorded.exists() and json.loads(recorded.read_text()) != fingerprint:

@@ -9,32 +9,77 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from aki.attention import check_no_leak, get_rule
+from aki.data.feed import Loader
+from aki.data.report import DataReport
 from aki.layout import IGNORE_INDEX
 from aki.models import AkiForConditionalGeneration
+from aki.training.data import save_position
 
 _WHOLE = "WHOLE"
 """A file that is written into a checkpoint's folder after everything else."""
 
 
 class AkiTrainer(Trainer):
-    """Refuses batches that leak, and measures by `score`.
+    """Refuses batches that leak, measures by `score`, and marks a checkpoint once all of it is written.
 
     Args:
         score: model -> metrics, called every `eval_steps`.
+        loader: the batches of this process, instead of a `train_dataset` that is shuffled and dealt out here.
     """
 
-    def __init__(self, *args, score: Callable[[AkiForConditionalGeneration], dict[str, float]] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.score = score
+    def __init__(
+        self,
+        *args,
+        score: Callable[[AkiForConditionalGeneration], dict[str, float]] | None = None,
+        loader: Loader | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs, **({} if loader is None else {"train_dataset": loader.feed}))
+        self.score, self.loader = score, loader
         self.guard_seconds = 0.0
-        self.add_callback(MarkWholeCheckpoints())
+
+    def get_train_dataloader(self) -> Any:
+        return super().get_train_dataloader() if self.loader is None else self.loader
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As the Trainer's; pictures that come as bytes are normalised where the model is."""
+        inputs = super()._prepare_inputs(inputs)
+        pixels = inputs.get("pixel_values")
+        fast = None if self.loader is None else self.loader.feed.collator.fast
+        if fast is not None and pixels is not None and pixels.dtype == torch.uint8:
+            inputs["pixel_values"] = fast.pixels.normalise(pixels)
+        return inputs
+
+    def data_report(self) -> DataReport:
+        """What all processes have counted; every one of them has to ask."""
+        assert self.loader is not None
+        total = DataReport(self.loader.report.max_share)
+        for report in gather_object([self.loader.report]):
+            total.merge(report)
+        return total
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self.loader is not None and "loss" in logs:
+            logs["skipped_samples"] = self.loader.report.skipped
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's; the mark comes last, so that a checkpoint cut off by a kill is never resumed from."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.loader is not None:
+            save_position(folder, self.loader, self.args.process_index, self.args.world_size)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            (folder / _WHOLE).touch()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
         started = time.perf_counter()
@@ -92,25 +137,24 @@ def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> N
     check_no_leak(get_rule(rule), layout, labels)
 
 
-class MarkWholeCheckpoints(TrainerCallback):
-    """Marks a checkpoint once all of it is written, so that one cut off by a kill is never resumed from."""
-
-    def on_save(self, args: TrainingArguments, state, control, **kwargs):
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
-
-
 def has_whole_checkpoint(folder: Path) -> bool:
     """Whether there is anything to resume from. Deletes nothing: another process may be writing there."""
     return any(folder.glob(f"checkpoint-*/{_WHOLE}"))
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to the end; those that were not are deleted."""
+def last_whole_checkpoint(folder: Path, clear: bool = True) -> str | None:
+    """The newest checkpoint that was written to the end.
+
+    Args:
+        clear: delete those that were not; one process of a run does.
+    """
+    whole = []
     for checkpoint in folder.glob("checkpoint-*"):
-        if not (checkpoint / _WHOLE).exists():
+        if (checkpoint / _WHOLE).exists():
+            whole.append(checkpoint)
+        elif clear:
             shutil.rmtree(checkpoint)
-    return get_last_checkpoint(folder) if folder.is_dir() else None
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 class Progress(TrainerCallback):
@@ -141,6 +185,7 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         names = {"loss": "loss", "eval_accuracy": "accuracy", "learning_rate": "lr", "grad_norm": "grad"}
+        names |= {"skipped_samples": "skipped"} if logs.get("skipped_samples") else {}
         fresh = {short: f"{logs[name]:.4g}" for name, short in names.items() if name in logs}
         if not fresh:
             return

@@ -1,0 +1,123 @@
+"""Annotation files, read as a stream, and the folders that their pictures lie in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ijson
+
+from aki.data.report import BadSample, Reason
+
+Paths = str | Path | Sequence[str | Path]
+Row = dict[str, Any]
+Columns = dict[str, str | list[str]]
+"""The Arrow type of each column: string, int64, float64, or [one of them] for a list."""
+
+
+class SourceError(ValueError):
+    """Annotations that cannot be read at all: no such file, another format."""
+
+
+class ImageRoots:
+    """The folders that pictures may come from."""
+
+    def __init__(self, folders: Paths | None):
+        self.folders = [] if folders is None else [Path(folder) for folder in as_list(folders)]
+        for folder in self.folders:
+            if not folder.is_dir():
+                raise SourceError(f"there is no folder of images at {folder}.")
+        self.resolved = [folder.resolve() for folder in self.folders]
+
+    def find(self, name: str) -> Path:
+        """The file of that name, in the first folder that has it.
+
+        Raises:
+            BadSample: no such file, or a name or a link that reaches outside.
+        """
+        if not name or "\0" in name:
+            raise BadSample(Reason.MALFORMED, f"{name!r} names no image.")
+        if "://" in name:
+            raise BadSample(Reason.MISSING_IMAGE, f"{name} is an address: download the picture into the image folder.")
+        where = ", ".join(map(str, self.folders)) or "any image folder (none is given)"
+        paths = [(folder / name).resolve() for folder in self.resolved]
+        inside = [path for path in paths if any(path.is_relative_to(root) for root in self.resolved)]
+        if not inside:
+            raise BadSample(Reason.OUTSIDE_ROOT, f"{name!r} is not inside {where}.")
+        found = next((path for path in inside if path.is_file()), None)
+        if found is None:
+            raise BadSample(Reason.MISSING_IMAGE, f"there is no {name} in {where}.")
+        return found
+
+
+def as_list(paths: Paths) -> list[str | Path]:
+    return [paths] if isinstance(paths, str | Path) else list(paths)
+
+
+def find_files(annotations: Paths, names: Sequence[str]) -> list[Path]:
+    """The annotation files: those given, or in a given folder those of the released names.
+
+    Raises:
+        SourceError: one is not there, or there are too few.
+    """
+    given = [Path(path) for path in as_list(annotations)]
+    if names and len(given) == 1 and given[0].is_dir():
+        given = [given[0] / name for name in names]
+    if names and len(given) != len(names):
+        raise SourceError(f"annotations should be a folder with {' and '.join(names)}, or these {len(names)} file(s).")
+    for path in given:
+        if not path.exists():
+            raise SourceError(f"there are no annotations at {path}.")
+    return given
+
+
+def fingerprint(files: Iterable[Path], *parts: object) -> str:
+    """A name for what is read from files: another one when a file's path, size or time of change differs.
+
+    Of a folder the times of all folders below count, which change when a file comes or goes.
+    """
+    stats = [_stat(Path(place)) for file in files for place in _places(file)]
+    return hashlib.sha256(repr((stats, parts)).encode()).hexdigest()[:32]
+
+
+def _places(file: Path) -> list[str]:
+    return sorted(place for place, _, _ in os.walk(file)) if file.is_dir() else [str(file)]
+
+
+def _stat(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def json_items(path: Path, prefix: str = "item") -> Iterator[Any]:
+    """The values below a prefix of a JSON file, one after another ("item" is a list's entries)."""
+    return _stream(path, prefix, ijson.items)
+
+
+def json_pairs(path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys and values of an object in a JSON file, one after another."""
+    return _stream(path, prefix, ijson.kvitems)
+
+
+def _stream(path: Path, prefix: str, read: Callable[..., Iterator[Any]]) -> Iterator[Any]:
+    with path.open("rb") as file:
+        try:
+            yield from read(file, prefix, use_float=True)
+        except ijson.JSONError as error:
+            raise SourceError(f"{path} is not whole and valid JSON: {error}") from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a JSONL file with their line numbers; a line that is no JSON is a BadSample in its place."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                yield number, BadSample(Reason.MALFORMED, f"{path.name} line {number} is not JSON: {error}")

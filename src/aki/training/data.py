@@ -1,0 +1,146 @@
+"""What a stage trains on: DigitScenes, a mixture of sources, or shards; and where a resumed run goes on in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from aki.data.collate import ChatCollator
+from aki.data.feed import Feed, Loader, Position
+from aki.data.mixture import Mixture, mixture_weights
+from aki.data.report import DataReport
+from aki.data.shards import ShardMixture, open_shards
+from aki.data.sources import open_source
+from aki.models import AkiProcessor
+from aki.training.recipe import Recipe, StageRecipe
+
+REPORT = "data_report.json"
+
+
+class ResumeError(ValueError):
+    """A run that cannot go on as it was started."""
+
+
+def open_samples(
+    recipe: Recipe, stage: StageRecipe, ranks: int, places: dict[str, Any]
+) -> Mixture | ShardMixture | None:
+    """The samples of a stage, or None where it trains on DigitScenes.
+
+    Args:
+        places: from the checkpoint's `Position`.
+
+    Raises:
+        SourceError, ShardError: a file, folder or kind that is not there.
+    """
+    if stage.shards:
+        weights = mixture_weights(stage.mixture, [one.weight for one in stage.shards], None)
+        sets = [
+            open_shards(one.kind, [_below(recipe.root, url) for url in one.urls], one.name or one.kind)
+            for one in stage.shards
+        ]
+        return ShardMixture(sets, weights, recipe.seed, max(recipe.workers, 1), ranks, places)
+    if not stage.sources:
+        return None
+    sources = [
+        open_source(
+            one.kind,
+            annotations=[_below(recipe.root, path) for path in one.annotations],
+            images=[_below(recipe.root, path) for path in one.images],
+            name=one.name,
+            seed=recipe.seed,
+            augment=one.augment,
+            cache=recipe.cache,
+            **one.options,
+        )
+        for one in stage.sources
+    ]
+    weights = mixture_weights(stage.mixture, [one.weight for one in stage.sources], [len(source) for source in sources])
+    return Mixture(sources, weights, recipe.seed)
+
+
+def _below(root: str, path: str) -> str:
+    """A relative path below the root; an absolute one and a URL as they are."""
+    return path if urlparse(path).scheme else str(Path(root) / path)
+
+
+def stage_collator(processor: AkiProcessor, stage: StageRecipe) -> ChatCollator:
+    """What makes model inputs of the stage's samples."""
+    template = "caption" if stage.task == "caption" else None
+    return ChatCollator(processor, stage.max_length, template)
+
+
+def stage_loader(
+    samples: Mixture | ShardMixture,
+    collator: ChatCollator,
+    recipe: Recipe,
+    stage: StageRecipe,
+    rank: int,
+    ranks: int,
+    position: Position,
+    pin_memory: bool = False,
+) -> Loader:
+    """The batches of one process."""
+    collator = replace(collator, raw_pixels=collator.fast is not None)
+    feed = Feed(samples, collator, stage.batch_size, stage.row_tokens if stage.packing else None, rank, ranks)
+    return Loader(feed, recipe.workers, position, stage.max_bad_share, pin_memory)
+
+
+def texts(samples: Mixture | ShardMixture, size: int = 300) -> Iterator[str]:
+    """Of some samples, for training a tokenizer."""
+    for sample in samples.peek(size, lambda sample: sample):
+        for message in sample.messages:
+            yield from (part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def save_position(folder: Path, loader: Loader, rank: int, ranks: int) -> None:
+    """Write into a checkpoint where this process stands in its data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"ranks": ranks, "workers": loader.workers, "position": asdict(loader.position)}
+    _position_file(folder, rank).write_text(json.dumps(values))
+
+
+def load_position(checkpoint: str | None, recipe: Recipe, stage: StageRecipe, rank: int, ranks: int) -> Position:
+    """Where a process goes on.
+
+    Raises:
+        ResumeError: shards or packed rows, which depend on the number of processes (and shards on that of workers).
+    """
+    if checkpoint is None or not (stage.sources or stage.shards):
+        return Position()
+    saved = json.loads(_position_file(Path(checkpoint), 0).read_text())
+    then, now = (saved["ranks"], saved["workers"]), (ranks, recipe.workers)
+    if stage.shards and then != now:
+        raise ResumeError(_another_number("Shards are", then, now))
+    if then[0] == ranks:
+        return Position(**json.loads(_position_file(Path(checkpoint), rank).read_text())["position"])
+    if stage.packing:
+        raise ResumeError(_another_number("Packed rows are", then, now))
+    # A chunk is a batch, and every process has used as many.
+    used = saved["position"]["chunk"] * then[0]
+    if used % ranks:
+        raise ResumeError(f"{used} batches were used, which {ranks} processes do not divide: start {then[0]} again.")
+    return Position(used // ranks, report=_total_report(Path(checkpoint), then[0]).to_dict() if rank == 0 else None)
+
+
+def _total_report(checkpoint: Path, ranks: int) -> DataReport:
+    total = DataReport()
+    for rank in range(ranks):
+        total.merge(
+            DataReport.from_dict(json.loads(_position_file(checkpoint, rank).read_text())["position"]["report"])
+        )
+    return total
+
+
+def _another_number(what: str, then: tuple[int, int], now: tuple[int, int]) -> str:
+    return (
+        f"the run had {then[0]} process(es) with {then[1]} worker(s) each, now there are {now[0]} with {now[1]}. "
+        f"{what} dealt out to them, so going on would repeat some samples and miss others: start as many as before."
+    )
+
+
+def _position_file(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / f"data-{rank}.json"

@@ -1,0 +1,151 @@
+"""The model that a recipe starts from, and its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from aki.data.digits import PIXEL_MEAN, PIXEL_STD, corpus
+from aki.data.tokenizer import PAD_TOKEN, train_tokenizer
+from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models.templates import AKI, CAPTION, END_OF_CHUNK_TOKEN, END_TOKEN, IMAGE_TOKEN, SHORT
+from aki.training.recipe import ModelRecipe, Recipe, RecipeError, known
+
+
+def build_model(recipe: Recipe, texts: Iterable[str] | None = None) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
+    """The recipe's trained backbones joined by a new connector, or all of it new, and a processor.
+
+    Args:
+        texts: what a new tokenizer is trained from, in the paper's prompt; None is DigitScenes in a short one.
+
+    Raises:
+        RecipeError: an unknown field or kind of model, or backbones of other sizes than the recipe says.
+    """
+    tokenizer = _tokenizer(recipe, texts)
+    if recipe.model.from_backbones is not None:
+        model = _join_backbones(recipe.model, tokenizer)
+    else:
+        model = AkiForConditionalGeneration(model_config(recipe.model, tokenizer))
+    return model, _processor(model.config, tokenizer, texts is None)
+
+
+def build_processor(recipe: Recipe, texts: Iterable[str] | None = None) -> AkiProcessor:
+    """The processor of `build_model`, without a model."""
+    tokenizer = _tokenizer(recipe, texts)
+    return _processor(model_config(recipe.model, tokenizer), tokenizer, texts is None)
+
+
+def _tokenizer(recipe: Recipe, texts: Iterable[str] | None) -> PreTrainedTokenizerBase:
+    if recipe.model.from_backbones is not None:
+        return _with_special_tokens(AutoTokenizer.from_pretrained(recipe.model.from_backbones.text))
+    return train_tokenizer(corpus(recipe.data.grid)) if texts is None else _chat_tokenizer(texts)
+
+
+def _processor(config: AkiConfig, tokenizer: PreTrainedTokenizerBase, digits: bool) -> AkiProcessor:
+    mean, std = (PIXEL_MEAN, PIXEL_STD) if digits else (0.5, 0.5)
+    height, width = config.image_size
+    images = SiglipImageProcessorPil(
+        size={"height": height, "width": width}, image_mean=[mean] * 3, image_std=[std] * 3
+    )
+    templates = {"default": SHORT if digits else AKI, "caption": CAPTION}
+    return AkiProcessor(images, tokenizer, config.image_seq_length, chat_template=templates)
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """The recipe with its three parts so small, and new, that a laptop trains them; everything else stays."""
+    heads = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = recipe.model.vision | heads | {"image_size": 4 * recipe.model.vision.get("patch_size", 16)}
+    text = recipe.model.text | heads | {"max_position_embeddings": 4096}
+    text |= {"num_key_value_heads": 2} if "num_key_value_heads" in text else {}
+    text.pop("vocab_size", None)  # the trained tokenizer's
+    connector = recipe.model.connector | {"depth": 1, "num_heads": 2, "head_dim": 8}
+    return replace(recipe, model=ModelRecipe(vision, text, connector))
+
+
+def model_config(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase | None = None) -> AkiConfig:
+    """The configuration of a model of the recipe's sizes.
+
+    Args:
+        tokenizer: decides the vocabulary; None keeps the recipe's, for counting.
+    """
+    text = recipe.text | {"pad_token_id": None}
+    image_token_id = 0
+    if tokenizer is not None:
+        text |= {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+        }
+        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    text_config = _config("text", text)
+    _check_fields("connector", recipe.connector, AkiConnectorConfig())
+    return AkiConfig(
+        vision_config=_config("vision", recipe.vision),
+        text_config=text_config,
+        connector_config=recipe.connector,
+        image_token_id=image_token_id,
+        initializer_range=text_config.initializer_range,
+    )
+
+
+def _join_backbones(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> AkiForConditionalGeneration:
+    """In float32: a stage trains the weights themselves, whatever precision it computes in."""
+    assert recipe.from_backbones is not None
+    wanted = model_config(recipe)
+    for part, name in (("vision", recipe.from_backbones.vision), ("text", recipe.from_backbones.text)):
+        found = AutoConfig.from_pretrained(name)
+        _check_sizes(part, name, getattr(recipe, part), getattr(found, f"{part}_config", found))
+    model = AkiForConditionalGeneration.from_backbones(
+        recipe.from_backbones.vision,
+        recipe.from_backbones.text,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        vocab_size=len(tokenizer),
+        dtype=torch.float32,
+        connector_config=wanted.connector_config.to_dict(),
+    )
+    model.config.text_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """As the authors add them: first padding, where it is the end token's, then those of AKI (paper, section 3)."""
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.add_tokens([IMAGE_TOKEN, END_OF_CHUNK_TOKEN], special_tokens=True)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _chat_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    return train_tokenizer(texts, bos_token="<s>", more=(END_TOKEN,))
+
+
+def _check_sizes(part: str, name: str, sizes: dict[str, Any], found: PreTrainedConfig) -> None:
+    for field, value in sizes.items():
+        actual = getattr(found, field, None)
+        if actual != value:
+            raise RecipeError(f"{name} has {field} {actual}, model.{part} says {value}: correct the recipe.")
+
+
+def _config(part: str, sizes: dict[str, Any]):
+    """The transformers configuration of a part, whose fields are as strict as the recipe's own."""
+    kind = known("model_type", sizes.get("model_type", ""), CONFIG_MAPPING, f"model.{part}")
+    _check_fields(part, sizes, AutoConfig.for_model(kind))
+    return AutoConfig.for_model(**sizes)
+
+
+def _check_fields(part: str, sizes: dict[str, Any], defaults: PreTrainedConfig) -> None:
+    for name in sizes:
+        known("key", name, [field for field in dir(defaults) if not field.startswith("_")], f"model.{part}")

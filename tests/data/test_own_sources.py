@@ -1,0 +1,222 @@
+"""What users bring: LLaVA-style JSON, JSON lines of messages, captions in a folder, any data set of `datasets`."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from fixtures.make import write
+from PIL import Image
+
+from aki.data.augment import Augment
+from aki.data.report import BadSample
+from aki.data.sources import SourceError, open_source
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8), "red").save(folder / f"{name}.jpg")
+    return folder
+
+
+@pytest.fixture
+def opened(tmp_path, pictures):
+    def open_one(kind, annotations, **options):
+        given = {"images": pictures, "cache": tmp_path / "cache", **options}
+        return open_source(kind, annotations=annotations, **given)
+
+    return open_one
+
+
+def contents(sample):
+    """(role, image's name or text) of each part."""
+    return [
+        (message["role"], Path(part["image"]).name if part["type"] == "image" else part["text"])
+        for message in sample.messages
+        for part in message["content"]
+    ]
+
+
+def bad(source, index):
+    with pytest.raises(BadSample) as error:
+        source[index]
+    return error.value
+
+
+def turns(*texts):
+    return [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(texts)]
+
+
+def test_llava_conversations_and_pairs(opened, tmp_path):
+    entries = [
+        {"id": "x", "image": "a.jpg", "conversations": turns("<image>\nQ1", "A1", "Q2", "A2")},
+        {"id": "y", "conversations": turns("no picture", "A")},
+        {"id": "z", "image": ["a.jpg", "b.jpg"], "conversations": turns("<image><image>\nboth?", "A")},
+        {"id": "s", "conversations": [{"from": "system", "value": "Be brief."}, *turns("Q", "A")]},
+    ]
+    write(tmp_path / "chats.json", entries)
+    whole = opened("llava_conversations", tmp_path / "chats.json")
+    assert [contents(sample) for sample in whole] == [
+        [("user", "a.jpg"), ("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")],
+        [("user", "no picture"), ("assistant", "A")],
+        [("user", "a.jpg"), ("user", "b.jpg"), ("user", "both?"), ("assistant", "A")],
+        [("system", "Be brief."), ("user", "Q"), ("assistant", "A")],
+    ]
+    pairs = opened("llava_pairs", tmp_path / "chats.json")
+    assert [sample.id for sample in pairs] == ["x-0", "x-1", "y-0", "z-0", "s-0"]
+    assert contents(pairs[1]) == [("user", "a.jpg"), ("user", "Q2"), ("assistant", "A2")]
+
+
+def test_llava_entries_out_of_form_are_bad(opened, tmp_path):
+    entries = [
+        {"id": "fine", "conversations": turns("Q", "A")},
+        {"id": "odd", "conversations": turns("Q", "A", "Q")},
+        {"id": "none", "conversations": []},
+        {"id": "who", "conversations": [{"from": "robot", "value": "x"}, {"from": "gpt", "value": "y"}]},
+        {"id": "lost", "conversations": turns("<image>\nQ", "A")},
+        {"id": "silent", "image": "a.jpg", "conversations": turns("Q", "")},
+        {"id": "mute", "image": "a.jpg", "conversations": turns("<image>\n", "A")},
+    ]
+    write(tmp_path / "chats.json", entries)
+    source = opened("llava_conversations", tmp_path / "chats.json")
+    assert len(source) == 7
+    reasons = [bad(source, index).reason for index in range(1, 7)]
+    assert reasons == ["malformed entry"] * 4 + ["empty text"] * 2
+
+
+def test_messages_in_every_form(opened, tmp_path):
+    def image(**part):
+        return {"role": "user", "content": [part, {"type": "text", "text": "Q"}]}
+
+    answer = {"role": "assistant", "content": "A"}
+    data_url = "data:image/png;base64,AAAA"
+    lines = [
+        {"id": "one", "messages": [{"role": "user", "content": "Q"}, answer]},
+        {"messages": [image(type="image", image="a.jpg"), answer]},
+        {"messages": [image(type="image", path="a.jpg"), answer]},
+        {"messages": [image(type="image_url", image_url={"url": "a.jpg"}), answer]},
+        {"messages": [image(type="image"), answer], "images": ["a.jpg"]},
+        {"messages": [image(type="image"), answer, image(type="image"), answer], "images": ["a.jpg", "b.jpg"]},
+        {"messages": [image(type="image", image=data_url), answer]},
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    source = opened("messages", tmp_path / "chats.jsonl")
+    assert len(source) == 7
+    assert contents(source[0]) == [("user", "Q"), ("assistant", "A")]
+    for index in (1, 2, 3, 4):
+        assert contents(source[index]) == [("user", "a.jpg"), ("user", "Q"), ("assistant", "A")]
+    assert [name for _, name in contents(source[5])] == ["a.jpg", "Q", "A", "b.jpg", "Q", "A"]
+    assert source[6].messages[0]["content"][0]["image"] == data_url
+    assert [source[index].id for index in (0, 1)] == ["one", "chats.jsonl:2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "detail"),
+    [
+        ('{"messages": [', "malformed entry", "line 2 is not JSON"),
+        ("[]", "malformed entry", "list indices"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "malformed entry", "'robot'"),
+        ('{"messages": [{"role": "user", "content": [{"type": "video"}]}]}', "malformed entry", "'video'"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "malformed entry", "pop from empty"),
+        ('{"messages": [], "images": ["a.jpg"]}', "malformed entry", "1 of 1 images"),
+        ('{"messages": []}', "empty text", "does not end with an answer"),
+        ('{"messages": [{"role": "user", "content": "Q"}]}', "empty text", "does not end with an answer"),
+        ('{"messages": [{"role": "assistant", "content": " "}]}', "empty text", "role assistant"),
+    ],
+)
+def test_a_bad_line_is_a_bad_sample_that_names_it(opened, tmp_path, line, reason, detail):
+    good = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(good) + "\n" + line + "\n" + json.dumps(good) + "\n")
+    source = opened("messages", tmp_path / "chats.jsonl")
+    assert len(source) == 3
+    error = bad(source, 1)
+    assert error.reason == reason
+    assert detail in error.detail
+    assert source[2].answer == "A"
+
+
+def test_messages_may_not_point_outside_either(opened, tmp_path):
+    part = {"type": "image", "image": "../chats.jsonl"}
+    messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    assert bad(opened("messages", tmp_path / "chats.jsonl"), 0).reason == "path outside the image root"
+
+
+def test_captions_beside_their_pictures(opened, pictures):
+    (pictures / "a.txt").write_text("A red square.\n")
+    (pictures / "orphan.txt").write_text("nothing to see")
+    (pictures / "more").mkdir()
+    Image.new("RGB", (8, 8)).save(pictures / "more" / "a.png")
+    (pictures / "more" / "a.txt").write_text("Black.")
+    source = opened("captions", pictures, images=None)
+    assert len(source) == 4
+    assert [contents(source[index]) for index in (0, 3)] == [
+        [("user", "a.jpg"), ("assistant", "A red square.")],
+        [("user", "a.png"), ("assistant", "Black.")],
+    ]
+    assert source[3].id == "more/a.png"
+    assert bad(source, 1).reason == "empty text"
+    assert "no caption" in bad(source, 1).detail
+    assert bad(source, 2).reason == "missing image"
+    Image.new("RGB", (8, 8)).save(pictures / "more" / "new.png")
+    assert len(opened("captions", pictures, images=None)) == 5, "a new picture is seen"
+
+
+def test_captions_in_a_metadata_file(opened, pictures):
+    lines = [{"file_name": "a.jpg", "text": "red"}, {"file_name": "../x.jpg", "text": "x"}, {"file_name": "b.jpg"}]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = opened("captions", pictures, images=None)
+    assert contents(source[0]) == [("user", "a.jpg"), ("assistant", "red")]
+    assert [bad(source, index).reason for index in (1, 2)] == ["path outside the image root", "malformed entry"]
+
+
+@pytest.mark.parametrize("how", ["disk", "parquet", "csv"])
+def test_a_data_set_by_path_with_a_column_mapping(opened, tmp_path, how):
+    values = {"photo": ["a.jpg", "none.jpg"], "q": ["Q1", "Q2"], "a": ["A1", "A2"], "key": [7, 8]}
+    data = datasets.Dataset.from_dict(values)
+    path = tmp_path / ("data" if how == "disk" else f"data.{how}")
+    {"disk": data.save_to_disk, "parquet": data.to_parquet, "csv": data.to_csv}[how](str(path))
+    columns = {"image": "photo", "question": "q", "answer": "a", "id": "key"}
+    source = opened("datasets", path, columns=columns)
+    assert contents(source[0]) == [("user", "a.jpg"), ("user", "Q1"), ("assistant", "A1")]
+    assert source[0].id == "7"
+    error = bad(source, 1)
+    assert (error.reason, error.id) == ("missing image", "8")
+
+
+def test_a_data_set_with_pictures_in_it_decodes_none(opened, tmp_path):
+    features = datasets.Features({"shots": datasets.List(datasets.Image()), "answer": datasets.Value("string")})
+    picture = Image.new("RGB", (8, 8), "red")
+    data = datasets.Dataset.from_dict({"shots": [[picture, picture], []], "answer": ["A", "B"]}, features=features)
+    data.to_parquet(tmp_path / "data.parquet")
+    columns = {"image": "shots", "answer": "answer"}
+    source = opened("datasets", tmp_path / "data.parquet", columns=columns)
+    images = [part["image"] for part in source[0].messages[0]["content"]]
+    assert [type(image) for image in images] == [bytes, bytes]
+    assert bad(source, 1).reason == "empty text", "neither picture nor question"
+    flipped = opened("datasets", tmp_path / "data.parquet", columns=columns, augment=Augment(flip=True))
+    assert flipped[0].messages[0]["content"][0]["image"].size == (8, 8)
+
+
+def test_a_data_set_of_messages(opened, tmp_path):
+    messages = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Q"}]}]
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": "A"}]})
+    data = datasets.Dataset.from_dict({"chat": [messages], "images": [["b.jpg"]]})
+    data.save_to_disk(tmp_path / "data")
+    source = opened("datasets", tmp_path / "data", columns={"messages": "chat", "image": "images"})
+    assert contents(source[0]) == [("user", "b.jpg"), ("user", "Q"), ("assistant", "A")]
+
+
+def test_wrong_columns_and_paths_are_sentences(opened, tmp_path):
+    datasets.Dataset.from_dict({"q": ["Q"], "a": ["A"]}).to_parquet(tmp_path / "data.parquet")
+    path = tmp_path / "data.parquet"
+    for columns in ({"answer": "b"}, {"question": "q"}, {"answer": "a", "picture": "q"}):
+        with pytest.raises(SourceError, match=r"columns should map answer or messages.*\(a, q\)|\(q, a\)"):
+            opened("datasets", path, columns=columns)
+    with pytest.raises(SourceError, match="cannot be opened by `datasets`"):
+        opened("datasets", tmp_path / "data.xyz", columns={"answer": "a"})
+    with pytest.raises(SourceError, match=r"missing a required .*'columns'"):
+        opened("datasets", path)
