@@ -13,7 +13,9 @@ import tyro
 from aki.commands.chat import Chat
 from aki.commands.compare import Compare
 from aki.commands.convert import Convert
+from aki.commands.eval import Eval
 from aki.commands.mask import Mask
+from aki.commands.table import Table
 from aki.commands.train import Train
 from aki.training.recipe import RecipeError
 
@@ -23,6 +25,8 @@ COMMANDS: tuple[Any, ...] = (
     Chat,
     Convert,
     Mask,
+    Eval,
+    Table,
 )
 TAKE_RECIPE_FIELDS = (Train, Compare)  # --sft.steps 100
 
