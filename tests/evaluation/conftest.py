@@ -3,6 +3,7 @@ import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -23,7 +24,7 @@ class Judge(BaseHTTPRequestHandler):
     """An OpenAI-compatible judge that likes an answer exactly if it is the reference."""
 
     silent = False
-    asked: list[str] = []
+    asked: ClassVar[list[str]] = []
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

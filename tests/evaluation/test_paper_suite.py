@@ -1,6 +1,7 @@
 """The whole path of each of the twelve columns, with models whose scores are known before."""
 
 import pytest
+from datasets import load_dataset
 from draw_benchmarks import ANSWERS, BENCHMARKS
 from lmms_eval.api.model import lmms
 
@@ -107,6 +108,20 @@ def test_questions_come_as_in_training(benchmarks, judge, tmp_path):
 def test_no_data_is_said_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match=r"pope has no data at .*lmms-lab-encoder/POPE: put a copy"):
         evaluate(Evaluation("paper", columns("paper", ["pope"]), tmp_path, tmp_path), Scripted(bool), "scripted")
+
+
+def test_data_saved_to_disk_are_the_same_data(benchmarks, tmp_path):
+    for path, name in (("lmms-lab-encoder/POPE", None), ("nyu-visionx/CV-Bench", "3D")):
+        load_dataset(str(benchmarks / path), name).save_to_disk(tmp_path / path / (name or ""))
+    only = columns("paper", ["pope", "cv_bench_3d"])
+    found = [
+        evaluate(Evaluation("paper", only, tmp_path / "out", data), Scripted(lambda row: row != 1), "scripted")
+        for data in (benchmarks, tmp_path)
+    ]
+    assert found[0] == found[1]
+    # POPE asks yes, yes, no, no: one of two found, nothing found that is not there: 2 * 1 * .5 / 1.5.
+    scores = {name: entry["score"] for name, entry in found[0]["columns"].items()}
+    assert scores == pytest.approx({"POPE": 200 / 3, "CV-Bench 3D": 75})
 
 
 def test_unknown_suites_and_tasks():

@@ -27,16 +27,17 @@ class AnswerCache:
             for file in sorted(folder.glob("answers-*.jsonl")):
                 self.known |= dict(_whole_lines(file))
             self.file = folder / f"answers-{rank}.jsonl"
+            if self.file.exists() and not self.file.read_bytes().endswith(b"\n"):
+                with self.file.open("a") as broken:
+                    broken.write("\n")  # what comes next must not join what the kill cut off
 
     def get(self, key: str) -> str | None:
         return self.known.get(key)
 
     def add(self, answers: dict[str, str]) -> None:
-        self.known |= answers
         if self.file is not None:
-            broken = self.file.exists() and not self.file.read_bytes().endswith((b"\n", b""))
+            self.known |= answers
             with self.file.open("a") as file:
-                file.write("\n" if broken else "")
                 file.writelines(json.dumps({"key": key, "answer": text}) + "\n" for key, text in answers.items())
 
 

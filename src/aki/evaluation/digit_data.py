@@ -31,7 +31,9 @@ def held_out(model: Path) -> DigitScenes:
     """
     result = model / RESULT
     if not result.exists():
-        raise ValueError(f"{model} has no {RESULT}: the suite digits is for models that `aki train` made on DigitScenes.")
+        raise ValueError(
+            f"{model} has no {RESULT}: the suite digits is for models that `aki train` made on DigitScenes."
+        )
     data = DataRecipe(**json.loads(result.read_text())["recipe"]["data"])
     size = AkiProcessor.from_pretrained(model).image_processor.size["height"]
     return DigitScenes("test", "question", data.test_size, size, data.grid, TEST_SEED)

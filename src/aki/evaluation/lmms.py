@@ -99,7 +99,7 @@ class Aki(lmms):
                 continue  # lmms-eval fills up the ranks, which nothing here needs
             context, _, asked, doc_id, task, split = request.args
             decoding = decoding_of(asked, self.limit_new_tokens)
-            if not decoding["do_sample"]:
+            if self.cache.file and not decoding["do_sample"]:
                 keys[position] = key_of(self._decided_by(task, split), doc_id, context, decoding, asked.get("until"))
             found = self.cache.get(keys.get(position, ""))
             if found is None:
@@ -129,11 +129,9 @@ class Aki(lmms):
 
     def _decided_by(self, task: str, split: str) -> list[Any]:
         settings = {name: value for name, value in self.settings.items() if name != "batch_size"}
-        return [aki.__version__, settings, task, self.data_of(task, split) if self.cache.file else None]
+        return [aki.__version__, settings, task, self.data_of(task, split)]
 
-    def _prepared(
-        self, requests: Sequence[Instance], groups: dict[str, list[int]]
-    ) -> Iterator[tuple[list[int], Any]]:
+    def _prepared(self, requests: Sequence[Instance], groups: dict[str, list[int]]) -> Iterator[tuple[list[int], Any]]:
         """Batches with their inputs, the next being prepared while one is computed."""
         batches = [batch for group in groups.values() for batch in self._batches(requests, group)]
         with ThreadPoolExecutor(1) as pool:
@@ -146,7 +144,9 @@ class Aki(lmms):
 
     def _batches(self, requests: Sequence[Instance], group: list[int]) -> list[list[int]]:
         """The longest first, so that a batch that does not fit fails at once."""
-        lengths = dict(zip(group, map(len, self.tokenizer([requests[i].args[0] for i in group])["input_ids"]), strict=True))
+        lengths = dict(
+            zip(group, map(len, self.tokenizer([requests[i].args[0] for i in group])["input_ids"]), strict=True)
+        )
         ordered = sorted(group, key=lambda i: -lengths[i])
         return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
 

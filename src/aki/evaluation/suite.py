@@ -71,7 +71,7 @@ def images_alone(split: Any) -> Any:
 
 
 def whole_precision(split: Any) -> Any:
-    """MathVista's precision as a whole number: with the hub's 1.0, lmms-eval's `round` fails, and floats score nothing."""
+    """MathVista's precision as a whole number; with the hub's 1.0 lmms-eval's `round` fails and floats score nothing."""
     from datasets import Value
 
     return split.cast_column("precision", Value("int64"))
@@ -155,16 +155,20 @@ def columns(suite: str, only: Iterable[str] = ()) -> tuple[Column, ...]:
 
 
 def load_task(manager: Any, column: Column, data: Path | None) -> Any:
-    """The lmms-eval task of a column, its data read from `data/<hub path>` instead of the hub if `data` is given.
+    """The lmms-eval task of a column.
 
     Args:
         manager: lmms-eval's TaskManager.
+        data: where `<hub path>` is the data set instead of on the hub: a copy of the hub's folder, or what `datasets`
+            saved with `save_to_disk` (in a folder of the configuration's name, if it has one).
 
     Raises:
         ValueError: there is no such folder of data.
     """
     config = manager._get_config(column.task)
-    changes = dict(column.changes)
+    # Files to hand in (MMBench's Excel sheet fails on an answer with a control character, after hours) are not scores.
+    scores = [metric for metric in config["metric_list"] if metric["metric"] != "submission"]
+    changes = {"metric_list": scores} | column.changes
     if callable(config["doc_to_text"]):
         changes["doc_to_text"] = partial(ask_instruction_first, config["doc_to_text"])
     if "doc_to_messages" in config:
@@ -173,6 +177,9 @@ def load_task(manager: Any, column: Column, data: Path | None) -> Any:
         folder = data / config["dataset_path"]
         if not folder.is_dir():
             raise ValueError(f"{column.task} has no data at {folder}: put a copy of {config['dataset_path']} there.")
+        saved = folder / (config.get("dataset_name") or "")
+        if (saved / "dataset_dict.json").exists():
+            folder, changes["dataset_kwargs"] = saved, {"load_from_disk": True}
         changes["dataset_path"] = str(folder)
     loaded = manager._load_individual_task_or_group({"task": column.task, **changes}, task_type="chat")
     return loaded[column.task]

@@ -145,7 +145,13 @@ def _mark_differences(ours: Sequence[Row]) -> None:
             if not first:
                 continue
             marks = row.marks.get(column, "")
-            for key, mark in (("split", PART), ("prompt", ASKED), ("decoding", ASKED), ("until", ASKED), ("data", DATA)):
+            for key, mark in (
+                ("split", PART),
+                ("prompt", ASKED),
+                ("decoding", ASKED),
+                ("until", ASKED),
+                ("data", DATA),
+            ):
                 both = key in entry and key in first
                 if both and _identity(entry[key]) != _identity(first[key]) and mark not in marks:
                     marks += mark
@@ -160,11 +166,12 @@ def _table(
         for of in dict.fromkeys(row.scorer for row in rows):
             scores = [(row.scores.get(column), i) for i, row in enumerate(rows) if row.scorer == of]
             ranked = sorted({score for score, _ in scores if score is not None}, reverse=True)
-            if len([score for score, _ in scores if score is not None]) < 2:
-                continue
-            best |= {(i, column) for score, i in scores if score == ranked[0]}
-            second |= {(i, column) for score, i in scores if len(ranked) > 1 and score == ranked[1]}
-    notes = [f"{OTHER_SCORER} as printed; another scorer ({scorer}): the best and second are marked among its own rows."]
+            if len(ranked) > 1:
+                best |= {(i, column) for score, i in scores if score == ranked[0]}
+                second |= {(i, column) for score, i in scores if score == ranked[1]}
+    notes = [
+        f"{OTHER_SCORER} as printed; another scorer ({scorer}): the best and second are marked among its own rows."
+    ]
     used = "".join(mark for row in rows for mark in row.marks.values())
     notes += [f"{mark} {meaning}." for mark, meaning in LEGEND.items() if mark in used]
     for row in rows:
@@ -216,7 +223,7 @@ def _identity(value: Any) -> str:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": known for inner, known in value.items()}
