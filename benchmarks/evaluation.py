@@ -27,12 +27,12 @@ from aki.evaluation.lmms import Aki
 from aki.models.templates import SHORT
 
 BATCHES, NEW_TOKENS, PIXELS, IMAGE_TOKENS = (1, 16), 16, 96, 16
-WORDS = "which of the digits at the top of the picture is red and where does it stand".split()
+QUESTION = "which of the digits at the top of the picture is red and where does it stand"
 
 
 def save_model(folder: Path) -> int:
     """A model of about 100 M parameters with random weights; returns how many."""
-    tokenizer = train_tokenizer([" ".join(WORDS)] * 8, vocab_size=400)
+    tokenizer = train_tokenizer([QUESTION] * 8, vocab_size=400)
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=768,
@@ -74,7 +74,7 @@ def prompts(count: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     documents = []
     for _ in range(count):
-        words = rng.choice(WORDS, int(rng.integers(4, 41)))
+        words = rng.choice(QUESTION.split(), int(rng.integers(4, 41)))
         pixels = rng.integers(0, 256, (PIXELS, PIXELS, 3), dtype=np.uint8)
         documents.append({"question": " ".join(words), "image": Image.fromarray(pixels)})
     return documents

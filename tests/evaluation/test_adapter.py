@@ -1,8 +1,14 @@
 """The adapter with tiny models: batches, several pictures, decoding, a kill in the middle, other models, the digits."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
+import lmms_eval.tasks
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
@@ -192,6 +198,47 @@ def test_all_twelve_with_a_tiny_model(tiny_aki, benchmarks, judge, tmp_path, cap
     main(["table", str(tmp_path / "out"), "--output", str(tmp_path / "tables")])
     assert "| tiny |" in capsys.readouterr().out
     assert Image.open(tmp_path / "tables/table1.png").size[0] > 400
+
+
+def launch(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_does(tiny_aki, benchmarks, tmp_path):
+    tasks = ["mme", "pope", "seedbench"]
+    arguments = ["eval", str(tiny_aki), "--tasks", *tasks, "--data", str(benchmarks), "--limit-new-tokens", "6"]
+    two = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m"]
+    launch(*two, "aki", *arguments, "--output", str(tmp_path / "two"))
+    main([*arguments, "--output", str(tmp_path / "one")])
+    found = [json.loads((tmp_path / name / "results.json").read_text())["columns"] for name in ("one", "two")]
+    assert found[0] == found[1]
+    written = [
+        sum(len(file.read_text().splitlines()) for file in (tmp_path / name / "answers").iterdir())
+        for name in ("one", "two")
+    ]
+    assert written == [14, 14], "each row is answered once, by one of the two"
+    assert len(list((tmp_path / "two/answers").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_lmms_evals_own_command(tiny_aki, benchmarks, tmp_path):
+    """`lmms-eval --model aki`, its task definition with the data path alone changed."""
+    definition = tmp_path / "tasks"
+    shutil.copytree(Path(lmms_eval.tasks.__path__[0]) / "pope", definition)
+    for file in definition.glob("*.yaml"):
+        if file.name != "pope.yaml":
+            file.unlink()
+    text = (definition / "pope.yaml").read_text()
+    text = text.replace("lmms-lab-encoder/POPE", str(benchmarks / "lmms-lab-encoder/POPE"))
+    (definition / "pope.yaml").write_text(text.replace('task: "pope"', 'task: "pope_here"'))
+    arguments = ["--model_args", f"pretrained={tiny_aki}", "--tasks", "pope_here", "--include_path", str(definition)]
+    said = launch("lmms_eval", "--model", "aki", *arguments, "--batch_size", "2", "--gen_kwargs", "max_new_tokens=4")
+    assert "|pope_here|" in said
+    assert "pope_f1_score" in said
 
 
 @pytest.fixture

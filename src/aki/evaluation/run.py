@@ -152,7 +152,7 @@ def _entry(
 
 
 def _judge_failed(column: Column, sample: dict[str, Any]) -> bool:
-    """Whether lmms-eval took a judge's silence for a wrong answer, which each of its judged tasks writes its own way."""
+    """Whether lmms-eval took a judge's silence for a wrong answer; each judged task writes that its own way."""
     if not column.judged:
         return False
     verdict = sample[column.metric]

@@ -71,7 +71,7 @@ def images_alone(split: Any) -> Any:
 
 
 def whole_precision(split: Any) -> Any:
-    """MathVista's precision as a whole number; with the hub's 1.0 lmms-eval's `round` fails and floats score nothing."""
+    """MathVista's precision as a whole number: with the hub's 1.0 lmms-eval cannot round, and floats score nothing."""
     from datasets import Value
 
     return split.cast_column("precision", Value("int64"))
@@ -136,7 +136,7 @@ DIGITS = tuple(
 )
 
 SUITES = {"paper": PAPER, "digits": DIGITS}
-OWN_TASKS = Path(__file__).parent
+OWN_TASKS = Path(__file__).with_name("digit_scenes")
 
 
 def columns(suite: str, only: Iterable[str] = ()) -> tuple[Column, ...]:
