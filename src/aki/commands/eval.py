@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,8 +14,8 @@ from tyro.conf import Positional, arg
 class Eval:
     """Score a model with lmms-eval. A second call goes on where the first was cut off.
 
-    Several GPUs: `accelerate launch -m aki eval ...`. The judged benchmarks take lmms-eval's settings: OPENAI_API_KEY,
-    OPENAI_API_URL, MODEL_VERSION.
+    Several GPUs: `torchrun --nproc-per-node 8 -m aki eval ...`. The judged benchmarks take lmms-eval's settings:
+    OPENAI_API_KEY, OPENAI_API_URL, MODEL_VERSION.
     """
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
@@ -47,6 +48,8 @@ class Eval:
     """Of lmms-eval's random numbers."""
 
     def run(self, rest: list[str]) -> None:
+        if find_spec("lmms_eval") is None:
+            raise ValueError("aki eval needs lmms-eval: pip install 'aki[eval]'.")
         from aki.evaluation.lmms import Aki
         from aki.evaluation.run import Evaluation, evaluate
         from aki.evaluation.suite import columns
@@ -57,10 +60,14 @@ class Eval:
         output = self.output or Path("runs/eval") / name
         data = self.data
         if self.suite == "digits":
+            from accelerate import PartialState
+
             from aki.evaluation.digit_data import held_out, write_scenes
 
             data = output / "data"
-            write_scenes(held_out(Path(self.model)), data / "DigitScenes")
+            if PartialState().is_main_process:
+                write_scenes(held_out(Path(self.model)), data / "DigitScenes")
+            PartialState().wait_for_everyone()
         model = Aki(
             self.model,
             batch_size=self.batch_size,

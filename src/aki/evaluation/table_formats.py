@@ -53,7 +53,7 @@ def as_csv(table: Table) -> str:
 def radar(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     """A radar of the columns that every row has, each axis from 0 to the highest of the rows."""
     shared = [column for column in columns if all(row.scores.get(column) is not None for row in rows)]
-    angles = np.linspace(np.pi / 2, np.pi * 5 / 2, len(shared), endpoint=False)
+    angles = (np.pi / 2 - np.linspace(0, 2 * np.pi, len(shared), endpoint=False)) % (2 * np.pi)
     top = {column: max(row.scores[column] or 0 for row in rows) or 1 for column in shared}
     figure, axes = plt.subplots(figsize=(6.4, 5.6), subplot_kw={"projection": "polar"})
     for row in rows:
@@ -62,10 +62,10 @@ def radar(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
         axes.plot([*angles, *angles[:1]], [*shares, *shares[:1]], style, label=row.name, linewidth=1.6)
     labels = [f"{column}\n{top[column]:.1f}" for column in shared]
     axes.set_xticks(angles, labels, fontsize=8)
-    axes.tick_params(axis="x", pad=9)
+    axes.tick_params(axis="x", pad=14)
     axes.set_ylim(0, 1.05)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], [])
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.28, 1.16), fontsize=8, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
