@@ -1,13 +1,10 @@
 import json
-import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before datasets is imported: nothing here asks the hub
 
 from draw_benchmarks import write_benchmarks
 

@@ -162,3 +162,7 @@ def test_wrong_inputs_get_a_sentence(rows, tmp_path):
         paper_tables("llava", rows)
     with pytest.raises(ValueError, match="two results have one name"):
         paper_tables("paper", [rows[0], rows[0]])
+    record = rows[0].record | {"columns": {"exists": {"score": 50.0, "rows": 1, "of": 1}}}
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="the results of causal have no column of the tables of paper"):
+        paper_tables("paper", [read_results(tmp_path)])

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ class Aki(lmms):
 
     def _decided_by(self, task: str, split: str) -> list[Any]:
         settings = {name: value for name, value in self.settings.items() if name != "batch_size"}
-        return [aki.__version__, settings, task, self.data_of(task, split)]
+        return [versions(), settings, task, self.data_of(task, split)]
 
     def _prepared(self, requests: Sequence[Instance], groups: dict[str, list[int]]) -> Iterator[tuple[list[int], Any]]:
         """Batches with their inputs, the next being prepared while one is computed."""
@@ -179,6 +181,14 @@ class Aki(lmms):
         said = self.model.generate(**inputs, **decoding, pad_token_id=self.tokenizer.pad_token_id)[:, length:]
         texts = self.tokenizer.batch_decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [_until(text, request.args[2].get("until")) for text, request in zip(texts, requests, strict=True)]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of the packages that can change an answer or its score."""
+    return {
+        package: version(package) for package in ("aki", "lmms_eval", "torch", "transformers", "datasets", "pillow")
+    }
 
 
 def load_model(pretrained: str, dtype: str, rule: str | None, unlock: bool, backend: str | None) -> tuple[Any, Any]:

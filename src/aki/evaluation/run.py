@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lmms_eval.tasks import TaskManager
 
 from aki.evaluation.answers import key_of
 from aki.evaluation.fingerprints import data_fingerprint
-from aki.evaluation.lmms import decoding_of
+from aki.evaluation.lmms import decoding_of, versions
 from aki.evaluation.suite import OWN_TASKS, Column, load_task
 from aki.training.stages import write_json
 
@@ -27,7 +26,6 @@ RESULTS = "results.json"
 NO_JUDGE = (
     "no judge model is set: set OPENAI_API_KEY, and OPENAI_API_URL and MODEL_VERSION for another endpoint than OpenAI's"
 )
-_VERSIONS = ("aki", "lmms_eval", "torch", "transformers", "datasets", "pillow")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def evaluate(evaluation: Evaluation, model: lmms, name: str) -> dict[str, Any] |
         "scorer": "lmms-eval",
         "settings": settings
         | {"seed": evaluation.seed, "judge": judge, "limit": evaluation.limit}
-        | {"versions": {package: version(package) for package in _VERSIONS}},
+        | {"versions": versions()},
         "columns": entries,
     }
     evaluation.output.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def paper_tables(paper: str, ours: Sequence[Row]) -> list[Table]:
     """The paper's tables with our rows.
 
     Raises:
-        ValueError: no such paper; two of our rows of one name.
+        ValueError: no such paper; two of our rows of one name, or one with other columns.
     """
     papers = yaml.safe_load(PAPERS.read_text())
     if paper not in papers:
@@ -92,6 +92,11 @@ def paper_tables(paper: str, ours: Sequence[Row]) -> list[Table]:
     if len(set(names)) < len(names):
         raise ValueError("two results have one name: give each its own with `aki eval --name`.")
     columns, scorer = papers[paper]["columns"], papers[paper]["scorer"]
+    for row in ours:
+        if not set(row.scores) & set(columns):
+            raise ValueError(
+                f"the results of {row.name} have no column of the tables of {paper}: run `aki eval` on it."
+            )
     _mark_differences(ours)
     tables = []
     for printed in papers[paper]["tables"]:
