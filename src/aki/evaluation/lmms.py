@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -29,11 +28,6 @@ MAX_NEW_TOKENS = 1024
 """Where a task names no limit."""
 _SAMPLING = ("temperature", "top_p", "top_k")
 _DECODING = ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty", "min_new_tokens")
-
-
-def manifest() -> ModelManifest:
-    """What the entry point `lmms_eval.models` gives lmms-eval."""
-    return ModelManifest(model_id="aki", chat_class_path="aki.evaluation.lmms.Aki")
 
 
 class Aki(lmms):
