@@ -70,11 +70,11 @@ def save_model(folder: Path) -> int:
 
 
 def prompts(count: int) -> list[dict[str, Any]]:
-    """Questions of 4 to 32 words, a picture each, in an order that is not theirs by length."""
+    """Questions of 4 to 24 words, a picture each, in an order that is not theirs by length."""
     rng = np.random.default_rng(0)
     documents = []
     for _ in range(count):
-        words = rng.choice(QUESTION.split(), int(rng.integers(4, 33)))
+        words = rng.choice(QUESTION.split(), int(rng.integers(4, 25)))
         pixels = rng.integers(0, 256, (PIXELS, PIXELS, 3), dtype=np.uint8)
         documents.append({"question": " ".join(words), "image": Image.fromarray(pixels)})
     return documents
