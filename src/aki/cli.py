@@ -14,7 +14,9 @@ from aki.commands.chat import Chat
 from aki.commands.compare import Compare
 from aki.commands.convert import Convert
 from aki.commands.data import Data
+from aki.commands.eval import Eval
 from aki.commands.mask import Mask
+from aki.commands.table import Table
 from aki.commands.train import Train
 from aki.training.recipe import RecipeError
 
@@ -25,6 +27,8 @@ COMMANDS: tuple[Any, ...] = (
     Convert,
     Mask,
     Data,
+    Eval,
+    Table,
 )
 TAKE_RECIPE_FIELDS = (Train, Compare, Data)  # --sft.steps 100
 

@@ -1,0 +1,84 @@
+"""`aki eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+
+@dataclass
+class Eval:
+    """Score a model with lmms-eval. A second call goes on where the first was cut off.
+
+    Several GPUs: `torchrun --nproc-per-node 8 -m aki eval ...`. The judged benchmarks take lmms-eval's settings:
+    OPENAI_API_KEY, OPENAI_API_URL, MODEL_VERSION.
+    """
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A folder or a hub id; models that are not AKI are scored too."""
+    suite: Literal["paper", "digits"] = "paper"
+    """The paper's twelve columns, or DigitScenes by skill."""
+    tasks: tuple[str, ...] = ()
+    """Of the suite, by lmms-eval's names; all by default."""
+    output: Path | None = None
+    """Where results.json and the answers go; by default runs/eval/ and the model's name."""
+    name: str | None = None
+    """The row's name in tables; by default the model's."""
+    data: Path | None = None
+    """A folder with copies of the data sets by their hub paths, for machines without the hub."""
+    batch_size: int = 16
+    """Prompts at a time, on each device."""
+    dtype: str = "auto"
+    """A torch dtype; auto is the checkpoint's."""
+    rule: str | None = None
+    """An attention rule instead of the checkpoint's."""
+    unlock: bool = False
+    """Lay the rule (or mma) over a model that is not AKI."""
+    backend: str | None = None
+    """What computes attention: auto, merged, flex, sdpa or eager."""
+    limit: int | None = None
+    """Rows of each task, for a trial."""
+    limit_new_tokens: int | None = None
+    """No answer is longer, whatever a task allows."""
+    seed: int = 1234
+    """Of lmms-eval's random numbers."""
+
+    def run(self, rest: list[str]) -> None:
+        if find_spec("lmms_eval") is None:
+            raise ValueError("aki eval needs lmms-eval: pip install 'aki[eval]'.")
+        from aki.evaluation.lmms import Aki
+        from aki.evaluation.run import Evaluation, evaluate
+        from aki.evaluation.suite import columns
+        from aki.evaluation.tables import summary
+
+        chosen = columns(self.suite, self.tasks)
+        name = self.name or Path(self.model).name
+        output = self.output or Path("runs/eval") / name
+        data = self.data
+        if self.suite == "digits":
+            from accelerate import PartialState
+
+            from aki.evaluation.digit_data import held_out, write_scenes
+
+            data = output / "data"
+            if PartialState().is_main_process:
+                write_scenes(held_out(Path(self.model)), data / "DigitScenes")
+            PartialState().wait_for_everyone()
+        model = Aki(
+            self.model,
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            rule=self.rule,
+            unlock=self.unlock,
+            backend=self.backend,
+            answers=output / "answers",
+            limit_new_tokens=self.limit_new_tokens,
+        )
+        evaluation = Evaluation(self.suite, chosen, output, data, self.limit, self.seed)
+        results = evaluate(evaluation, model, name)
+        if results is not None:
+            print(f"\n{summary(results)}\n\n{output}/results.json; beside the paper's: aki table {output}")

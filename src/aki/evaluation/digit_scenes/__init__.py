@@ -1,0 +1,1 @@
+"""DigitScenes as an lmms-eval task."""
