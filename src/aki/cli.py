@@ -14,6 +14,7 @@ from aki.commands.chat import Chat
 from aki.commands.compare import Compare
 from aki.commands.convert import Convert
 from aki.commands.mask import Mask
+from aki.commands.serve import Serve
 from aki.commands.train import Train
 from aki.training.recipe import RecipeError
 
@@ -23,6 +24,7 @@ COMMANDS: tuple[Any, ...] = (
     Chat,
     Convert,
     Mask,
+    Serve,
 )
 TAKE_RECIPE_FIELDS = (Train, Compare)  # --sft.steps 100
 

@@ -1,0 +1,58 @@
+"""What a client may ask of the server, and the answer to one that asks for more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Limits:
+    """All limits hold for one request, unless they say otherwise."""
+
+    max_body_mb: int = 20
+    """Megabytes of the body, and of a remote image."""
+    max_images: int = 8
+    max_megapixels: int = 25
+    """Of one image, before it is decoded."""
+    max_tokens: int = 1024
+    """New tokens of an answer; what a request gets that asks for no number."""
+    max_batch: int = 32
+    """Requests that are answered together."""
+    max_waiting: int = 64
+    """Requests that wait for the model; more are sent away with 429."""
+    patience: float = 20.0
+    """Seconds that a client may take to send a request, or to take in the next piece of its answer."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) <= 0:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}: it must be more than 0.")
+
+    @property
+    def max_body(self) -> int:
+        """Bytes."""
+        return self.max_body_mb * 1_000_000
+
+
+class Refused(Exception):
+    """A request that is answered with an error in OpenAI's form.
+
+    Args:
+        status: the HTTP status.
+        message: a sentence for the client.
+        code: one word for programs.
+        param: the field of the request that is at fault.
+        retry_after: seconds after which it is worth another try.
+    """
+
+    def __init__(
+        self, status: int, message: str, code: str, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+
+    @property
+    def body(self) -> dict[str, dict[str, str | None]]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
