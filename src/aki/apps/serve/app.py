@@ -29,7 +29,7 @@ from aki.apps.serve.text import AnswerText
 
 logger = logging.getLogger(__name__)
 
-_FAILED = Refused(500, "the model failed on this request; the server's log says how.", "server_error")
+_FAILED = Refused(500, "the server failed on this request; its log says how.", "server_error")
 _DECODERS = 2  # Threads that decode images; each may hold one of the largest size.
 
 
@@ -73,7 +73,7 @@ class Service:
         return Job(
             inputs,
             self.engine.new_tokens(chat, inputs["input_ids"].shape[1], limits),
-            AnswerText(self.engine.tokenizer, chat.stops),
+            AnswerText(self.engine.tokenizer, chat.stop or []),
             self.engine.end_tokens,
             sampler,
         )
@@ -129,6 +129,7 @@ def build_app(engine: Engine, limits: Limits, *, remote_images: bool = False, ap
     app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_fault)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -217,8 +218,15 @@ async def _on_refused(request: Request, refused: Any) -> Response:
 async def _on_invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
     where = ".".join(str(step) for step in first["loc"][1:])
-    message = f"{where or 'the body'}: {first['msg'].removeprefix('Value error, ')}."
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("model_attributes_type", "missing") and not where:
+        said = "send a JSON object, with Content-Type: application/json"
+    message = f"{where or 'the body'}: {said}."
     return await _on_refused(request, Refused(400, message, "invalid_request", where or None))
+
+
+async def _on_fault(request: Request, error: Any) -> Response:
+    return await _on_refused(request, _FAILED)
 
 
 async def _on_http(request: Request, error: Any) -> Response:

@@ -57,7 +57,7 @@ class Batcher:
         with self._changed:
             if len(self.waiting) + self.coming >= self.limits.max_waiting:
                 message = f"{self.limits.max_waiting} requests are waiting already: try again later."
-                raise Refused(429, message, "queue_full", retry_after=1)
+                raise Refused(429, message, "queue_full", headers={"Retry-After": "1"})
             self.coming += 1
         try:
             yield

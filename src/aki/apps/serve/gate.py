@@ -68,7 +68,7 @@ class Gate:
                         self._held += len(chunk)
         except TimeoutError as error:
             slow = f"the request was not there after {self.limits.patience:g} seconds."
-            raise refused or Refused(408, slow, "too_slow") from error
+            raise refused or Refused(408, slow, "too_slow", headers={"Connection": "close"}) from error
         if refused is not None:
             raise refused
 
@@ -77,7 +77,9 @@ class Gate:
             message = f"the body is larger than the {self.limits.max_body_mb} MB that this server takes."
             return Refused(413, message, "body_too_large")
         if self._held + more > BODIES * self.limits.max_body:
-            return Refused(429, "too many large requests at a time: try again later.", "queue_full", retry_after=1)
+            return Refused(
+                429, "too many large requests at a time: try again later.", "queue_full", headers={"Retry-After": "1"}
+            )
         return None
 
     def _patient(self, scope: Scope, send: Send) -> Send:

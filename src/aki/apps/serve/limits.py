@@ -42,15 +42,15 @@ class Refused(Exception):
         message: a sentence for the client.
         code: one word for programs.
         param: the field of the request that is at fault.
-        retry_after: seconds after which it is worth another try.
+        headers: of the answer.
     """
 
     def __init__(
-        self, status: int, message: str, code: str, param: str | None = None, retry_after: int | None = None
+        self, status: int, message: str, code: str, param: str | None = None, headers: dict[str, str] | None = None
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        self.headers = headers or {}
 
     @property
     def body(self) -> dict[str, dict[str, str | None]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -35,19 +35,29 @@ class TextPart(BaseModel):
     text: str
 
 
+def _text_as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _one_as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Content = Annotated[list[Part], BeforeValidator(_text_as_parts)]
+Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_one_as_list)]
 
 
 class Prompting(BaseModel):
     """What the one who asks says: text, and images if a user does."""
 
     role: Literal["system", "developer", "user"]
-    content: str | list[Part]
+    content: Content
 
 
 class Answering(BaseModel):
     role: Literal["assistant"]
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], BeforeValidator(_text_as_parts)]
 
 
 class StreamOptions(BaseModel):
@@ -69,7 +79,7 @@ class ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -78,15 +88,11 @@ class ChatRequest(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if value is not None and name not in _WITHOUT_EFFECT and value not in _NEUTRAL.get(name, ()):
                 raise ValueError(f"the parameter {name[:50]!r} is not supported here: leave it out")
+        if any("\ud800" <= character <= "\udfff" for text in self.texts() for character in text):
+            raise ValueError("the text of a message is not Unicode")
         if self.messages[-1].role != "user":
             raise ValueError("the last message must be the user's")
-        if isinstance(self.stop, list) and len(self.stop) > 4:
-            raise ValueError("stop takes up to 4 strings")
         return self
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def asked_tokens(self) -> int | None:
@@ -94,29 +100,27 @@ class ChatRequest(BaseModel):
 
     def images(self) -> list[str]:
         """The URLs of all images, in order."""
-        parts = [part for message in self.messages if isinstance(message.content, list) for part in message.content]
-        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+        return [part.image_url.url for part in self._parts() if isinstance(part, ImagePart)]
 
     def texts(self) -> list[str]:
-        whole = [message.content for message in self.messages if isinstance(message.content, str)]
-        lists = [message.content for message in self.messages if isinstance(message.content, list)]
-        return whole + [part.text for parts in lists for part in parts if isinstance(part, TextPart)]
+        return [part.text for part in self._parts() if isinstance(part, TextPart)]
 
     def chat(self, images: list[Any]) -> list[dict[str, Any]]:
         """The messages in Hugging Face's form, with the images that `images()` names."""
         rest = iter(images)
         chat = []
         for message in self.messages:
-            given = message.content
-            parts = [TextPart(type="text", text=given)] if isinstance(given, str) else given
             content = [
                 {"type": "text", "text": part.text}
                 if isinstance(part, TextPart)
                 else {"type": "image", "image": next(rest)}
-                for part in parts
+                for part in message.content
             ]
             chat.append({"role": "system" if message.role == "developer" else message.role, "content": content})
         return chat
+
+    def _parts(self) -> list[Part]:
+        return [part for message in self.messages for part in message.content]
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
