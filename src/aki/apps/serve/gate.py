@@ -1,4 +1,4 @@
-"""What every request passes before the application sees it: the key, the body's size, the client's patience."""
+"""What every request passes before the application sees it: the key, the body's size and time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        send = self._patient(scope, send)
+        send = self._counting(scope, send)
         body = bytearray()
         try:
             self._check_key(scope)
@@ -82,21 +82,17 @@ class Gate:
             )
         return None
 
-    def _patient(self, scope: Scope, send: Send) -> Send:
+    def _counting(self, scope: Scope, send: Send) -> Send:
         async def wrapped(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.metrics.count(scope["path"], message["status"])
-            try:
-                async with asyncio.timeout(self.limits.patience):
-                    await send(message)
-            except TimeoutError as error:
-                raise _HungUp from error
+            await send(message)
 
         return wrapped
 
 
 class _HungUp(Exception):
-    """The client is gone, or as good as."""
+    """The client is gone."""
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

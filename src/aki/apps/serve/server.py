@@ -23,30 +23,41 @@ GRACE = 300
 
 
 class ImpatientProtocol(H11Protocol):
-    """uvicorn waits for ever for the head of a request; this closes the connection."""
+    """uvicorn waits for ever for the head of a request, and for a client to take in its answer; this does not."""
 
     patience = 20.0
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._await_head()
+        # Writing is paused as soon as the client's own buffers are full.
+        transport.set_write_buffer_limits(high=0)
+        self._wait()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._stop_timer()
+            self._stop_waiting()
         elif self._timer is None:
-            self._await_head()
+            self._wait()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stop_waiting()
+        self._wait()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_waiting()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._stop_waiting()
         super().connection_lost(exc)
 
-    def _await_head(self) -> None:
-        self._timer = self.loop.call_later(self.patience, self.transport.close)
+    def _wait(self) -> None:
+        self._timer = self.loop.call_later(self.patience, self.transport.abort)
 
-    def _stop_timer(self) -> None:
+    def _stop_waiting(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None

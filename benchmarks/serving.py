@@ -1,0 +1,163 @@
+"""Requests a second, time to the first token and between tokens: `aki serve` batching, against one request at a time.
+
+Both servers run side by side on the same model with random weights and take turns, so that a noisy machine disturbs
+both alike. Every client sends one request after the other: a picture, a question, an answer of a fixed number of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import torch
+from PIL import Image
+
+from aki.training.recipe import load_recipe
+from aki.training.stages import build_model
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
+CLIENTS = (1, 8, 32)
+MODES = {"batched": 32, "sequential": 1}
+"""What --max-batch is."""
+
+
+@dataclass
+class Times:
+    """Seconds of all requests of one mode and number of clients."""
+
+    rates: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+
+
+def save_model(folder: Path) -> int:
+    """The digits recipe's model, untrained; it never ends an answer by itself. Returns its parameters."""
+    torch.manual_seed(0)
+    model, processor = build_model(load_recipe(RECIPE))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def serving(folder: Path, max_batch: int) -> Iterator[str]:
+    """The address of a server of its own process."""
+    command = [sys.executable, "-m", "aki", "serve", str(folder), "--port", "0", "--max-batch", str(max_batch)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip().partition(" answers at ")[2]
+        if not address:
+            raise RuntimeError(f"the server did not start: {' '.join(command)}")
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def body(name: str, tokens: int) -> dict:
+    picture = io.BytesIO()
+    Image.new("RGB", (96, 96), "red").save(picture, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "how many digits are red?"}]
+    messages = [{"role": "user", "content": content}]
+    return {"model": name, "messages": messages, "max_tokens": tokens, "stream": True}
+
+
+async def ask(client: httpx.AsyncClient, request: dict, times: Times) -> None:
+    """One request; a piece of text is a token, but where a character has several."""
+    started = time.perf_counter()
+    stamps = []
+    async with client.stream("POST", "chat/completions", json=request) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if '"content": "' in line and '"role"' not in line:
+                stamps.append(time.perf_counter())
+    if not stamps:
+        raise RuntimeError("the server gave an empty answer.")
+    times.first.append(stamps[0] - started)
+    times.between += [later - earlier for earlier, later in pairwise(stamps)]
+
+
+async def one_round(address: str, request: dict, clients: int, requests: int, times: Times) -> None:
+    """`requests` requests by `clients` clients at once."""
+    left = iter(range(requests))
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
+
+        async def work() -> None:
+            for _ in left:
+                await ask(client, request, times)
+
+        started = time.perf_counter()
+        await asyncio.gather(*(work() for _ in range(clients)))
+        times.rates.append(requests / (time.perf_counter() - started))
+
+
+def measure(addresses: dict[str, str], name: str, tokens: int, rounds: int) -> list[dict]:
+    rows = []
+    request = body(name, tokens)
+    for address in addresses.values():
+        asyncio.run(one_round(address, request, 2, 4, Times()))
+    for clients in CLIENTS:
+        times = {mode: Times() for mode in MODES}
+        for number in range(rounds):
+            for mode in list(MODES)[:: 1 if number % 2 else -1]:
+                asyncio.run(one_round(addresses[mode], request, clients, max(4, 2 * clients), times[mode]))
+        for mode, seen in times.items():
+            rows.append(
+                {
+                    "clients": clients,
+                    "mode": mode,
+                    "requests_per_s": statistics.median(seen.rates),
+                    "ttft_p50": statistics.median(seen.first),
+                    "ttft_p95": statistics.quantiles(seen.first, n=20, method="inclusive")[-1],
+                    "itl_p50": statistics.median(seen.between),
+                    "itl_p95": statistics.quantiles(seen.between, n=20, method="inclusive")[-1],
+                    "new_tokens": tokens,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer requests")
+    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        folder = Path(place) / "tiny"
+        parameters = save_model(folder)
+        addresses = {mode: stack.enter_context(serving(folder, size)) for mode, size in MODES.items()}
+        rows = measure(addresses, folder.name, 32, 1 if options.quick else 5)
+    print(f"{parameters:,} parameters, {rows[0]['new_tokens']} new tokens a request; seconds, median and 95 %\n")
+    print("| clients | mode | requests/s | first token | 95 % | between tokens | 95 % |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        times = "{ttft_p50:.3f} | {ttft_p95:.3f} | {itl_p50:.4f} | {itl_p95:.4f}".format(**row)
+        print("| {clients} | {mode} | {requests_per_s:.1f} | ".format(**row) + times + " |")
+    for many, one in zip(rows[::2], rows[1::2], strict=True):
+        print(
+            f"\n{many['clients']} clients: {many['requests_per_s'] / one['requests_per_s']:.1f} times as many requests"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
