@@ -1,7 +1,7 @@
 """Requests a second, time to the first token and between tokens: `aki serve` batching, against one request at a time.
 
 Both servers run side by side on the same model with random weights and take turns, so that a noisy machine disturbs
-both alike. Every client sends one request after the other: a picture, a question, an answer of a fixed number of tokens.
+both alike. A client sends one request after the other: a picture, a question, an answer of a fixed number of tokens.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ import io
 import json
 import socket
 import struct
+import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 
 import httpx
@@ -102,12 +103,14 @@ class TestSizes:
         assert post(strict, asked([message("?", data_url(png_of(1000, 1000)))], max_tokens=1)).status_code == 200
 
     @pytest.mark.parametrize("size", [(12_000, 12_000), (40_000, 40_000)])
-    def test_a_decompression_bomb_is_not_unpacked(self, strict, size):
+    def test_a_decompression_bomb_is_not_unpacked(self, strict, size, monkeypatch):
+        def unpacked(_):
+            raise AssertionError("somebody unpacked it")
+
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", unpacked)
         bomb = data_url(png_of(*size))
         assert len(bomb) < 400_000
-        started = time.monotonic()
         refused(post(strict, asked([message("?", bomb)])), 400, "pixels")
-        assert time.monotonic() - started < 2
 
     def test_new_tokens(self, strict):
         for name in ("max_tokens", "max_completion_tokens"):
@@ -116,6 +119,16 @@ class TestSizes:
 
     def test_context(self, strict):
         refused(post(strict, asked([message("what? " * 300)])), 400, "room for 256", "context_length_exceeded")
+
+    def test_a_text_that_is_far_too_long_never_gets_to_the_tokenizer(self, strict, monkeypatch):
+        monkeypatch.setattr("aki.models.AkiProcessor.apply_chat_template", None)
+        refused(post(strict, asked([message("x" * 900_000)])), 400, "900000 characters", "context_length_exceeded")
+
+    def test_messages_and_parts_without_end(self, strict):
+        many = [{"role": "assistant", "content": ""}] * 10_000 + CHAT
+        refused(post(strict, asked(many)), 400, "messages", "at most 1000")
+        parts = {"role": "user", "content": [{"type": "text", "text": ""}] * 10_000}
+        refused(post(strict, asked([parts])), 400, "content", "at most 1000")
 
     def test_an_answer_without_a_number_of_tokens_ends_at_the_limit_or_the_context(self, strict):
         assert post(strict, asked()).json()["usage"]["completion_tokens"] == 50
@@ -295,7 +308,9 @@ class TestSlowClients:
     def test_a_second_head_that_never_ends(self, strict):
         with socket.create_connection(("127.0.0.1", strict)) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert b"200 OK" in connection.recv(65536)
+            said = b""
+            while not said.endswith(b'{"status":"ok"}'):
+                said += connection.recv(65536)
             connection.sendall(b"G")
             started = time.monotonic()
             assert everything(connection) == b""
@@ -313,15 +328,16 @@ class TestSlowClients:
             assert b"not there after 1 seconds" in said
             assert time.monotonic() - started < 5
 
-    def test_many_of_them_are_in_nobodys_way(self, strict):
-        slow = [socket.create_connection(("127.0.0.1", strict)) for _ in range(40)]
-        for connection in slow:
-            connection.sendall(head(1000) + b"{")
-        started = time.monotonic()
-        assert post(strict, asked(max_tokens=1)).status_code == 200
-        assert time.monotonic() - started < 1
-        for connection in slow:
-            connection.close()
+    def test_many_of_them_are_in_nobodys_way(self, engine):
+        with running(engine) as port:
+            slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+            for connection in slow:
+                connection.sendall(head(1000) + b"{")
+            started = time.monotonic()
+            assert post(port, asked(max_tokens=1)).status_code == 200
+            assert time.monotonic() - started < Limits().patience / 2
+            for connection in slow:
+                connection.close()
 
     def test_half_a_body_and_gone(self, strict):
         with socket.create_connection(("127.0.0.1", strict)) as connection:
@@ -336,21 +352,20 @@ class TestSlowClients:
         with socket.create_connection(("127.0.0.1", strict)) as connection:
             with suppress(ConnectionResetError, BrokenPipeError):
                 connection.sendall(b"GET / HTTP/1.1\r\n" + b"X: " + b"y" * 2_000_000)
-            started = time.monotonic()
             assert b" 200 " not in everything(connection)
-            assert time.monotonic() - started < 0.5
 
 
 def test_a_full_queue_says_when_to_come_back(strict, engine):
-    def slow(*_):
-        time.sleep(0.02)
-
-    with engine.model.register_forward_pre_hook(slow), ThreadPoolExecutor(20) as pool:
-        answers = list(pool.map(lambda _: post(strict, asked(max_tokens=20)), range(20)))
+    free = threading.Event()
+    with engine.model.register_forward_pre_hook(lambda *_: free.wait(20) and None), ThreadPoolExecutor(12) as pool:
+        waiting = [pool.submit(post, strict, asked(max_tokens=2)) for _ in range(12)]
+        assert next(as_completed(waiting)).result().status_code == 429
+        free.set()
+        answers = [one.result() for one in waiting]
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
-    # Two are answered and four wait, at least at the beginning.
-    assert statuses.count(200) >= 5
+    # Up to two are answered while four wait.
+    assert 5 <= statuses.count(200)
     full = answers[statuses.index(429)]
     refused(full, 429, "4 requests are waiting", "queue_full")
     assert full.headers["retry-after"] == "1"

@@ -192,7 +192,7 @@ class TestFetch:
         started = time.monotonic()
         with pytest.raises(Refused, match="could not be fetched"):
             got(site[0] + "/slow")
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 3.5
 
     @pytest.mark.parametrize(
         "url",

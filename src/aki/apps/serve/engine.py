@@ -48,6 +48,7 @@ class Engine:
         ids = ids if ids is not None else list(media_token_ids(model.config, processor))
         named = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio", "boi")]
         self.placeholders = {str(t) for t in [*self.tokenizer.convert_ids_to_tokens(ids), *named] if t}
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()))
         self._lock = Lock()  # A tokenizer is not for several threads at once.
 
     @classmethod
@@ -84,6 +85,7 @@ class Engine:
         if any(token in text for text in chat.texts() for token in self.placeholders):
             names = ", ".join(sorted(self.placeholders))
             raise _refused(f"the text of a message must not hold the model's own media tokens ({names}).")
+        self._check_length(sum(map(len, chat.texts())))
         # Others write the tokens that begin a text into their template, or leave them to the tokenizer.
         own = {"processor_kwargs": {"add_special_tokens": False}} if isinstance(self.processor, AkiProcessor) else {}
         try:
@@ -91,6 +93,12 @@ class Engine:
                 return dict(self.processor.apply_chat_template(chat.chat(images), **_TEMPLATE, **own))
         except (ValueError, TemplateError) as error:
             raise _refused(f"the chat cannot be made into a prompt: {error}") from error
+
+    def _check_length(self, characters: int) -> None:
+        """A text that cannot fit is refused before it is made into tokens, which takes its time and the tokenizer."""
+        if self.context is not None and characters > self.context * self._longest_token:
+            message = f"the text has {characters} characters, and the model room for {self.context} tokens."
+            raise Refused(400, message, "context_length_exceeded", "messages")
 
     def new_tokens(self, chat: ChatRequest, prompt: int, limits: Limits) -> int:
         """How many tokens the answer may have.

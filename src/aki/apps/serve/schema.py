@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+MOST_ITEMS = 1000
+"""Messages of a chat, and parts of a message: a body of nothing else would keep the server busy with reading it."""
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "frequency_penalty": (0,),
@@ -44,7 +47,7 @@ def _one_as_list(value: Any) -> Any:
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-Content = Annotated[list[Part], BeforeValidator(_text_as_parts)]
+Content = Annotated[list[Part], Field(max_length=MOST_ITEMS), BeforeValidator(_text_as_parts)]
 Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_one_as_list)]
 
 
@@ -57,7 +60,7 @@ class Prompting(BaseModel):
 
 class Answering(BaseModel):
     role: Literal["assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_text_as_parts)]
+    content: Annotated[list[TextPart], Field(max_length=MOST_ITEMS), BeforeValidator(_text_as_parts)]
 
 
 class StreamOptions(BaseModel):
@@ -73,7 +76,9 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str
-    messages: list[Annotated[Prompting | Answering, Field(discriminator="role")]] = Field(min_length=1)
+    messages: list[Annotated[Prompting | Answering, Field(discriminator="role")]] = Field(
+        min_length=1, max_length=MOST_ITEMS
+    )
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
