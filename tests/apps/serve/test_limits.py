@@ -365,7 +365,7 @@ def test_a_full_queue_says_when_to_come_back(strict, engine):
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
     # Up to two are answered while four wait.
-    assert 5 <= statuses.count(200)
+    assert statuses.count(200) >= 5
     full = answers[statuses.index(429)]
     refused(full, 429, "4 requests are waiting", "queue_full")
     assert full.headers["retry-after"] == "1"
