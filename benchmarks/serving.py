@@ -80,7 +80,7 @@ def body(name: str, tokens: int) -> dict:
 
 
 async def ask(client: httpx.AsyncClient, request: dict, times: Times) -> None:
-    """One request; a piece of text is a token, but where a character has several."""
+    """One request; a piece of text is a token, or several that came while the server was busy."""
     started = time.perf_counter()
     stamps = []
     async with client.stream("POST", "chat/completions", json=request) as answer:

@@ -58,6 +58,15 @@ def test_what_is_alike_is_one_batch_up_to_its_largest_size(engine):
     assert sizes == [4, 3]
 
 
+def test_a_models_own_penalties_do_not_make_answers_depend_on_others(engine, monkeypatch):
+    plain = answers(engine, [job(engine, shade=7, tokens=20)])[0][0]
+    monkeypatch.setattr(engine.model.generation_config, "repetition_penalty", 5.0)
+    monkeypatch.setattr(engine.model.generation_config, "no_repeat_ngram_size", 1)
+    said, sizes = answers(engine, [job(engine, shade=7, tokens=20), job(engine, "what? " * 9, shade=9)])
+    assert sizes == [2]
+    assert said[0] == plain
+
+
 def test_what_is_not_alike_waits_and_nobody_is_overtaken_for_ever(engine):
     jobs = [job(engine, shade=1), job(engine), job(engine, shade=2), job(engine)]
     said, sizes = answers(engine, jobs)

@@ -71,7 +71,7 @@ def test_streaming_gives_the_same_in_pieces_and_the_usage(port):
     chunks = list(ask(port, chat, max_tokens=20, stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
     assert "".join(pieces) == text_of(whole)
-    assert len(pieces) > 5
+    assert len(pieces) > 1
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
     assert chunks[-1].choices == []

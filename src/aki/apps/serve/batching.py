@@ -120,6 +120,9 @@ class Batcher:
             max_new_tokens=max(job.max_tokens for job in batch),
             do_sample=False,  # rows that sample do so in _OwnSampling
             num_beams=1,
+            # A model's own penalties would count a row's padding, and so depend on who else asks.
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             pad_token_id=self.engine.pad_token_id,
             logits_processor=[_OwnSampling(batch)],
             stopping_criteria=[_Rows(batch, self._deliver)],

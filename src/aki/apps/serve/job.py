@@ -69,15 +69,21 @@ class Job:
         return [piece, None] if piece else [None]
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The answer as it comes.
+        """The answer as it comes; pieces that are there already, because the server is busy, come as one.
 
         Raises:
             Exception: whatever the model raised.
         """
-        while (event := await self.events.get()) is not None:
-            if isinstance(event, BaseException):
-                raise event
-            yield event
+        while True:
+            events = [await self.events.get()]
+            while not self.events.empty():
+                events.append(self.events.get_nowait())
+            if text := "".join(event for event in events if isinstance(event, str)):
+                yield text
+            if isinstance(events[-1], BaseException):
+                raise events[-1]
+            if events[-1] is None:
+                return
 
 
 class Sampler:
