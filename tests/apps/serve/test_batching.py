@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +99,28 @@ def test_collate_pads_on_the_left_and_joins_media():
     assert batch["prompt_block_ids"].tolist() == [[0, 0, 0, 0], [-1, -1, -1, 0]]
     assert batch["token_type_ids"].tolist() == [[1, 1, 1, 1], [0, 0, 0, 1]]
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [5, 9, 9]
+
+
+def test_collate_for_every_family_that_can_be_unlocked(monkeypatch):
+    """Rows of a batch that is known to be right, taken apart without their padding, make that batch again."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "attention")
+    from unlock_families import FAMILIES, ROWS, chat
+
+    for name, build in FAMILIES.items():
+        family = build()
+        batch = chat(family, pad="left")
+        real, shape = batch["attention_mask"].bool(), batch["input_ids"].shape
+        rows = [
+            {
+                key: value[r : r + 1, real[r]] if value.shape == shape else value.chunk(ROWS)[r]
+                for key, value in batch.items()
+            }
+            for r in range(ROWS)
+        ]
+        assert rows[0]["input_ids"].shape != rows[1]["input_ids"].shape
+        assert fit_together([Job(row, 1, AnswerText(None, []), frozenset()) for row in rows], None), name
+        again = collate(rows, pad_token_id=0)
+        assert all(torch.equal(again[key], value) for key, value in batch.items()), name
 
 
 def test_one_bad_request_does_not_take_the_others_with_it(engine, caplog):
