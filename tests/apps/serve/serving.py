@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import threading
 from contextlib import contextmanager
 
+import httpx
 import torch
 import uvicorn
 from openai import OpenAI
@@ -15,6 +17,9 @@ from PIL import Image
 from aki.apps.serve.app import build_app
 from aki.apps.serve.limits import Limits
 from aki.apps.serve.server import ImpatientProtocol
+
+WEB = httpx.Client(verify=False, timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
+"""A connection a request; made once, because reading certificates takes longer than most requests here."""
 
 
 @contextmanager
@@ -37,8 +42,9 @@ def running(engine, limits=None, **options):
         assert not thread.is_alive(), "the server did not end"
 
 
-def client(port: int, key: str = "none") -> OpenAI:
-    return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
+@functools.cache
+def client(port: int) -> OpenAI:
+    return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def picture_bytes(shade: int = 0, size: tuple[int, int] = (30, 20), form: str = "PNG") -> bytes:

@@ -12,12 +12,14 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 
-import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from serving import client, data_url, message, picture_bytes, running
+from serving import WEB, client, data_url, message, picture_bytes, running
 
 from aki.apps.serve.limits import Limits
+from aki.apps.serve.schema import ChatRequest
 
 LIMITS = Limits(max_body_mb=1, max_images=2, max_megapixels=1, max_tokens=50, max_waiting=4, max_batch=2, patience=1.0)
 CHAT = [message("how many digits are red?", data_url(picture_bytes(40)))]
@@ -52,7 +54,7 @@ def _others_are_answered_as_before(another):
 def post(port, body, **options):
     content = body if isinstance(body, bytes | str) else json.dumps(body)
     headers = {"Content-Type": "application/json"} | options.pop("headers", {})
-    return httpx.post(f"http://127.0.0.1:{port}{PATH}", content=content, headers=headers, timeout=20, **options)
+    return WEB.post(f"http://127.0.0.1:{port}{PATH}", content=content, headers=headers, timeout=20, **options)
 
 
 def asked(messages=CHAT, **options):
@@ -91,7 +93,7 @@ class TestSizes:
             for _ in range(12):
                 yield b" " * 100_000
 
-        answer = httpx.post(f"http://127.0.0.1:{strict}{PATH}", content=chunks(), timeout=20)
+        answer = WEB.post(f"http://127.0.0.1:{strict}{PATH}", content=chunks(), timeout=20)
         refused(answer, 413, "1 MB", "body_too_large")
 
     def test_images(self, strict):
@@ -280,9 +282,27 @@ class TestBodies:
         refused(post(strict, asked(), headers={"Content-Type": "text/plain"}), 400, "Content-Type: application/json")
 
     def test_other_places_and_methods(self, strict):
-        refused(httpx.get(f"http://127.0.0.1:{strict}/v1/files"), 404)
-        refused(httpx.get(f"http://127.0.0.1:{strict}{PATH}"), 405)
-        refused(httpx.get(f"http://127.0.0.1:{strict}/docs"), 404)
+        refused(WEB.get(f"http://127.0.0.1:{strict}/v1/files"), 404)
+        refused(WEB.get(f"http://127.0.0.1:{strict}{PATH}"), 405)
+        refused(WEB.get(f"http://127.0.0.1:{strict}/docs"), 404)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "text"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "type", "text"]), inner),
+    max_leaves=6,
+)
+PARTS = st.fixed_dictionaries({"type": st.sampled_from(["text", "image_url"]) | VALUES}, optional={"text": VALUES})
+MESSAGES = st.fixed_dictionaries({"role": st.sampled_from(["user", "system"]) | VALUES, "content": st.lists(PARTS)})
+
+
+@given(st.dictionaries(st.sampled_from(sorted(ChatRequest.model_fields)), VALUES), st.lists(MESSAGES) | VALUES)
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_json_is_too_absurd_for_a_sentence(strict, fields, messages):
+    answer = post(strict, asked(max_tokens=1) | fields | {"messages": messages})
+    assert answer.status_code in (200, 400, 404), answer.text
+    if answer.status_code != 200:
+        refused(answer, answer.status_code)
 
 
 def everything(connection) -> bytes:
@@ -383,7 +403,7 @@ class TestKey:
     def test_without_the_key(self, locked, given):
         headers = {} if given is None else {"Authorization": given.encode()}
         for path in (PATH, "/v1/models", "/metrics", "/nowhere"):
-            answer = httpx.get(f"http://127.0.0.1:{locked}{path}", headers=headers)
+            answer = WEB.get(f"http://127.0.0.1:{locked}{path}", headers=headers)
             refused(answer, 401, "API key", "invalid_api_key")
         refused(post(locked, asked(), headers=headers), 401)
 
@@ -392,7 +412,7 @@ class TestKey:
         assert answer.status_code == 200
 
     def test_health_is_open(self, locked):
-        assert httpx.get(f"http://127.0.0.1:{locked}/health").status_code == 200
+        assert WEB.get(f"http://127.0.0.1:{locked}/health").status_code == 200
 
     def test_the_comparison_takes_constant_time(self, locked, monkeypatch):
         seen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,7 @@ import httpx
 import openai
 import pytest
 import torch
-from serving import client, data_url, message, picture_bytes, running
+from serving import WEB, client, data_url, message, picture_bytes, running
 
 from aki.apps.serve.limits import Limits
 
@@ -81,7 +82,7 @@ def test_streaming_gives_the_same_in_pieces_and_the_usage(port):
 
 def test_a_stream_ends_with_done(port):
     body = {"model": "tiny", "messages": [message("what?")], "stream": True, "max_tokens": 2}
-    answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body)
+    answer = WEB.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
     events = answer.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
@@ -101,7 +102,7 @@ def test_32_clients_at_once_get_what_they_would_get_alone(engine):
 
     with running(engine) as port, ThreadPoolExecutor(32) as pool:
         said = list(pool.map(lambda pair: one(*pair), asked))
-        numbers = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        numbers = WEB.get(f"http://127.0.0.1:{port}/metrics").text
     batches = [line for line in numbers.splitlines() if line.startswith("aki_batch_requests_count")]
     assert said == wanted
     assert len(set(wanted)) > 25
@@ -157,10 +158,10 @@ def test_an_end_token_ends_an_answer(engine, port, monkeypatch):
 
 def test_models_health_and_metrics(port):
     assert [model.id for model in client(port).models.list()] == ["tiny"]
-    assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
+    assert WEB.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
 
     def tokens():
-        numbers = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+        numbers = WEB.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
         return {line.split()[0]: float(line.split()[1]) for line in numbers if not line.startswith("#")}
 
     before = tokens()
@@ -183,6 +184,23 @@ def test_neutral_parameters_pass_and_others_are_refused(port):
             ask(port, chat, max_tokens=4, extra_body={name: value})
 
 
+def test_a_model_that_fails_says_so_and_goes_on(engine, port, monkeypatch, caplog):
+    caplog.set_level(logging.CRITICAL)
+    chat = [message(RED)]
+    before = text_of(ask(port, chat, max_tokens=4))
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.model, "generate", lambda **_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="its log says how") as error:
+            ask(port, chat, max_tokens=4)
+        assert "division" not in str(error.value)
+        with pytest.raises(openai.APIError, match="its log says how"):
+            list(ask(port, chat, max_tokens=4, stream=True))
+        broken.setattr(engine.processor, "apply_chat_template", lambda *_, **__: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="its log says how"):
+            ask(port, chat, max_tokens=4)
+    assert text_of(ask(port, chat, max_tokens=4)) == before
+
+
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_client_that_hangs_up_ends_its_own_answer_alone(engine, streams, monkeypatch):
     steps = []
@@ -199,12 +217,12 @@ def test_a_client_that_hangs_up_ends_its_own_answer_alone(engine, streams, monke
         other = pool.submit(ask, port, ours, max_tokens=40)
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
         if streams:
-            with httpx.stream("POST", url, json=body | {"stream": True}) as answer:
+            with WEB.stream("POST", url, json=body | {"stream": True}) as answer:
                 lines = answer.iter_lines()
                 assert next(lines).startswith("data: ")
         else:
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(url, json=body, timeout=0.3)
+                WEB.post(url, json=body, timeout=0.3)
         assert text_of(other.result()) == wanted
         # The next request would have to wait for the 150 tokens.
         ask(port, [message("what?")], max_tokens=1)

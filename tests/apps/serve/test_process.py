@@ -9,10 +9,9 @@ import subprocess
 import sys
 import threading
 
-import httpx
 import pytest
 import torch
-from serving import client, data_url, make_lively, message, picture_bytes, running
+from serving import WEB, client, data_url, make_lively, message, picture_bytes, running
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -47,15 +46,15 @@ def test_from_its_first_line_to_sigterm(process, model_folder, capsys):
     assert name == "tiny"
     assert address.startswith("http://127.0.0.1:")
     assert "in use" in says(capsys, model_folder, "--port", address.split(":")[-1].removesuffix("/v1"))
-    assert httpx.get(f"{address}/models", headers={"Host": "localhost:80"}).status_code == 200
-    assert httpx.get(f"{address}/models", headers={"Host": "rebinding.example"}).status_code == 400
+    assert WEB.get(f"{address}/models", headers={"Host": "localhost:80"}).status_code == 200
+    assert WEB.get(f"{address}/models", headers={"Host": "rebinding.example"}).status_code == 400
 
     said: dict[int, list[str]] = {0: [], 1: []}
     begun = threading.Event()
 
     def read(which):
         body = ASKED | {"stream": True, "max_tokens": 150}
-        with httpx.stream("POST", f"{address}/chat/completions", json=body, timeout=60) as answer:
+        with WEB.stream("POST", f"{address}/chat/completions", json=body, timeout=60) as answer:
             for event in answer.iter_lines():
                 said[which].append(event)
                 if len(said[which]) > 6:

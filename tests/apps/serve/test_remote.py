@@ -10,9 +10,8 @@ import time
 from contextlib import contextmanager, suppress
 
 import httpcore
-import httpx
 import pytest
-from serving import data_url, message, picture_bytes, running
+from serving import WEB, data_url, message, picture_bytes, running
 
 from aki.apps.serve import remote
 from aki.apps.serve.limits import Limits, Refused
@@ -219,7 +218,7 @@ class TestFetch:
 
 def post(port, url):
     body = {"model": "tiny", "messages": [message("how many digits are red?", url)], "max_tokens": 8}
-    return httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=20)
+    return WEB.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=20)
 
 
 @pytest.mark.usefixtures("home_is_public")

@@ -29,7 +29,6 @@ from aki.apps.serve.text import AnswerText
 
 logger = logging.getLogger(__name__)
 
-_FAILED = Refused(500, "the server failed on this request; its log says how.", "server_error")
 _DECODERS = 2  # Threads that decode images; each may hold one of the largest size.
 
 
@@ -170,7 +169,7 @@ async def _whole(service: Service, job: Job, head: dict[str, Any], request: Requ
         text = answer.result()
     except Exception as error:
         logger.debug("failed", exc_info=error)
-        raise _FAILED from error
+        raise _failed() from error
     finally:
         answer.cancel()
         gone.cancel()
@@ -198,7 +197,7 @@ async def _events(service: Service, job: Job, head: dict[str, Any], with_usage: 
             yield event({"content": piece})
     except Exception as error:
         logger.debug("failed", exc_info=error)
-        yield _line(_FAILED.body)
+        yield _line(_failed().body)
         return
     yield event({}, job.finish)
     if with_usage:
@@ -209,6 +208,10 @@ async def _events(service: Service, job: Job, head: dict[str, Any], with_usage: 
 
 def _line(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
+
+
+def _failed() -> Refused:
+    return Refused(500, "the server failed on this request; its log says how.", "server_error")
 
 
 async def _on_refused(request: Request, refused: Any) -> Response:
@@ -226,7 +229,7 @@ async def _on_invalid(request: Request, error: Any) -> Response:
 
 
 async def _on_fault(request: Request, error: Any) -> Response:
-    return await _on_refused(request, _FAILED)
+    return await _on_refused(request, _failed())
 
 
 async def _on_http(request: Request, error: Any) -> Response:
