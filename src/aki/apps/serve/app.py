@@ -22,7 +22,7 @@ from aki.apps.serve.engine import Engine
 from aki.apps.serve.gate import Gate
 from aki.apps.serve.images import decoded_image, image_bytes
 from aki.apps.serve.job import Job, Sampler
-from aki.apps.serve.limits import Limits, Refused
+from aki.apps.serve.limits import Limits, Refused, failed
 from aki.apps.serve.metrics import Metrics
 from aki.apps.serve.schema import ChatRequest, usage
 from aki.apps.serve.text import AnswerText
@@ -128,7 +128,6 @@ def build_app(engine: Engine, limits: Limits, *, remote_images: bool = False, ap
     app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(Exception, _on_fault)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -169,7 +168,7 @@ async def _whole(service: Service, job: Job, head: dict[str, Any], request: Requ
         text = answer.result()
     except Exception as error:
         logger.debug("failed", exc_info=error)
-        raise _failed() from error
+        raise failed() from error
     finally:
         answer.cancel()
         gone.cancel()
@@ -197,7 +196,7 @@ async def _events(service: Service, job: Job, head: dict[str, Any], with_usage: 
             yield event({"content": piece})
     except Exception as error:
         logger.debug("failed", exc_info=error)
-        yield _line(_failed().body)
+        yield _line(failed().body)
         return
     yield event({}, job.finish)
     if with_usage:
@@ -208,10 +207,6 @@ async def _events(service: Service, job: Job, head: dict[str, Any], with_usage: 
 
 def _line(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
-
-
-def _failed() -> Refused:
-    return Refused(500, "the server failed on this request; its log says how.", "server_error")
 
 
 async def _on_refused(request: Request, refused: Any) -> Response:
@@ -226,10 +221,6 @@ async def _on_invalid(request: Request, error: Any) -> Response:
         said = "send a JSON object, with Content-Type: application/json"
     message = f"{where or 'the body'}: {said}."
     return await _on_refused(request, Refused(400, message, "invalid_request", where or None))
-
-
-async def _on_fault(request: Request, error: Any) -> Response:
-    return await _on_refused(request, _failed())
 
 
 async def _on_http(request: Request, error: Any) -> Response:

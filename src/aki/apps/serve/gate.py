@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aki.apps.serve.limits import Limits, Refused
+from aki.apps.serve.limits import Limits, Refused, failed
 from aki.apps.serve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 BODIES = 16
 """Bodies of the largest size that are held at a time, so that many large ones don't fill the memory."""
@@ -42,6 +45,10 @@ class Gate:
             await JSONResponse(refused.body, refused.status, refused.headers)(scope, receive, send)
         except _HungUp:
             self.metrics.count(scope["path"], 499)
+        except Exception:
+            # Left to uvicorn, it would end the connection, on which a client may have sent its next request.
+            logger.exception("a request failed")
+            await JSONResponse(failed().body, 500)(scope, receive, send)
         finally:
             self._held -= len(body)
 

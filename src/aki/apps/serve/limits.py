@@ -56,3 +56,8 @@ class Refused(Exception):
     def body(self) -> dict[str, dict[str, str | None]]:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def failed() -> Refused:
+    """What a client gets to know of a fault of the server."""
+    return Refused(500, "the server failed on this request; its log says how.", "server_error")
