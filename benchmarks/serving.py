@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -55,19 +55,27 @@ def save_model(folder: Path) -> int:
 
 
 @contextmanager
-def serving(folder: Path, max_batch: int) -> Iterator[str]:
-    """The address of a server of its own process."""
-    command = [sys.executable, "-m", "aki", "serve", str(folder), "--port", "0", "--max-batch", str(max_batch)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def serving(folder: Path) -> Iterator[dict[str, str]]:
+    """mode -> the address of a server in a process of its own."""
+    command = [sys.executable, "-m", "aki", "serve", str(folder), "--port", "0", "--max-batch"]
+    processes = {
+        mode: subprocess.Popen([*command, str(size)], stdout=subprocess.PIPE, text=True) for mode, size in MODES.items()
+    }
     try:
-        assert process.stdout is not None
-        address = process.stdout.readline().strip().partition(" answers at ")[2]
-        if not address:
-            raise RuntimeError(f"the server did not start: {' '.join(command)}")
-        yield address
+        yield {mode: _address(process) for mode, process in processes.items()}
     finally:
-        process.terminate()
-        process.wait()
+        for process in processes.values():
+            process.terminate()
+        for process in processes.values():
+            process.wait()
+
+
+def _address(process: subprocess.Popen) -> str:
+    assert process.stdout is not None
+    address = process.stdout.readline().strip().partition(" answers at ")[2]
+    if not address:
+        raise RuntimeError(f"the server did not start: {process.args!r}")
+    return address
 
 
 def body(name: str, tokens: int) -> dict:
@@ -109,30 +117,37 @@ async def one_round(address: str, request: dict, clients: int, requests: int, ti
         times.rates.append(requests / (time.perf_counter() - started))
 
 
-def measure(addresses: dict[str, str], name: str, tokens: int, rounds: int) -> list[dict]:
-    rows = []
-    request = body(name, tokens)
-    for address in addresses.values():
-        asyncio.run(one_round(address, request, 2, 4, Times()))
-    for clients in CLIENTS:
-        times = {mode: Times() for mode in MODES}
-        for number in range(rounds):
-            for mode in list(MODES)[:: 1 if number % 2 else -1]:
-                asyncio.run(one_round(addresses[mode], request, clients, max(4, 2 * clients), times[mode]))
-        for mode, seen in times.items():
-            rows.append(
-                {
-                    "clients": clients,
-                    "mode": mode,
-                    "requests_per_s": statistics.median(seen.rates),
-                    "ttft_p50": statistics.median(seen.first),
-                    "ttft_p95": statistics.quantiles(seen.first, n=20, method="inclusive")[-1],
-                    "itl_p50": statistics.median(seen.between),
-                    "itl_p95": statistics.quantiles(seen.between, n=20, method="inclusive")[-1],
-                    "new_tokens": tokens,
-                }
-            )
-    return rows
+def measure(addresses: dict[str, str], clients: int, request: dict, requests: int, rounds: int) -> list[dict]:
+    """A row a mode."""
+    times = {mode: Times() for mode in MODES}
+    for number in range(rounds):
+        for mode in list(MODES)[:: 1 if number % 2 else -1]:
+            asyncio.run(one_round(addresses[mode], request, clients, requests, times[mode]))
+    return [
+        {
+            "clients": clients,
+            "mode": mode,
+            "requests_per_s": statistics.median(seen.rates),
+            "ttft_p50": statistics.median(seen.first),
+            "ttft_p95": statistics.quantiles(seen.first, n=20, method="inclusive")[-1],
+            "itl_p50": statistics.median(seen.between),
+            "itl_p95": statistics.quantiles(seen.between, n=20, method="inclusive")[-1],
+            "new_tokens": request["max_tokens"],
+        }
+        for mode, seen in times.items()
+    ]
+
+
+def show(rows: list[dict]) -> None:
+    for row in rows:
+        ratio = row["requests_per_s"] / rows[-1]["requests_per_s"]
+        times = "{ttft_p50:.3f} | {ttft_p95:.3f} | {itl_p50:.4f} | {itl_p95:.4f}".format(**row)
+        print(
+            "| {clients} | {mode} | {requests_per_s:.1f}".format(**row),
+            f"{ratio:.1f} | {times} |",
+            sep=" | ",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -140,23 +155,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer requests")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+    tokens, each, rounds = (16, 1, 1) if options.quick else (32, 2, 5)
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "tiny"
         parameters = save_model(folder)
-        addresses = {mode: stack.enter_context(serving(folder, size)) for mode, size in MODES.items()}
-        rows = measure(addresses, folder.name, 32, 1 if options.quick else 5)
-    print(f"{parameters:,} parameters, {rows[0]['new_tokens']} new tokens a request; seconds, median and 95 %\n")
-    print("| clients | mode | requests/s | first token | 95 % | between tokens | 95 % |")
-    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
-    for row in rows:
-        times = "{ttft_p50:.3f} | {ttft_p95:.3f} | {itl_p50:.4f} | {itl_p95:.4f}".format(**row)
-        print("| {clients} | {mode} | {requests_per_s:.1f} | ".format(**row) + times + " |")
-    for many, one in zip(rows[::2], rows[1::2], strict=True):
-        print(
-            f"\n{many['clients']} clients: {many['requests_per_s'] / one['requests_per_s']:.1f} times as many requests"
-        )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        request = body(folder.name, tokens)
+        with serving(folder) as addresses:
+            print(f"{parameters:,} parameters, {tokens} new tokens a request; seconds, median and 95 %\n")
+            print("| clients | mode | requests/s | ratio | first token | 95 % | between tokens | 95 % |")
+            print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+            for address in addresses.values():
+                asyncio.run(one_round(address, request, 2, 4, Times()))
+            for clients in CLIENTS:
+                rows += measure(addresses, clients, request, max(4, each * clients), rounds)
+                show(rows[-len(MODES) :])
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
