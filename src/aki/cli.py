@@ -17,6 +17,7 @@ from aki.commands.data import Data
 from aki.commands.eval import Eval
 from aki.commands.mask import Mask
 from aki.commands.table import Table
+from aki.commands.serve import Serve
 from aki.commands.train import Train
 from aki.training.recipe import RecipeError
 
@@ -29,6 +30,7 @@ COMMANDS: tuple[Any, ...] = (
     Data,
     Eval,
     Table,
+    Serve,
 )
 TAKE_RECIPE_FIELDS = (Train, Compare, Data)  # --sft.steps 100
 

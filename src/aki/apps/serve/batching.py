@@ -1,0 +1,205 @@
+"""Requests that come together are answered together, by one `generate`.
+
+Each row of the batch has its own sampling, stop strings and number of tokens, and ends when its client hangs up; the
+thread here is the only one that calls the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Condition, Thread
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, StoppingCriteria
+
+from aki.apps.serve.engine import Engine
+from aki.apps.serve.job import Event, Job
+from aki.apps.serve.limits import Limits, Refused
+
+logger = logging.getLogger(__name__)
+
+WAIT = 0.03
+"""Seconds at most that a batch waits for requests which are being read; with none on their way it starts at once."""
+
+_PADS = {"attention_mask": 0, "prompt_block_ids": -1}
+
+
+class Batcher:
+    """The queue before the model.
+
+    Args:
+        on_batch: told how many requests each batch has, from the model's thread.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits, on_batch: Callable[[int], None] = lambda size: None):
+        self.engine, self.limits, self.on_batch = engine, limits, on_batch
+        self.waiting: deque[Job] = deque()
+        self.coming = 0
+        self._changed, self._closed = Condition(), False
+        self._loop = asyncio.get_running_loop()
+        self._thread = Thread(target=self._work, name="model", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue for a request that is being read.
+
+        Raises:
+            Refused: the queue is full.
+        """
+        with self._changed:
+            if len(self.waiting) + self.coming >= self.limits.max_waiting:
+                message = f"{self.limits.max_waiting} requests are waiting already: try again later."
+                raise Refused(429, message, "queue_full", headers={"Retry-After": "1"})
+            self.coming += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.coming -= 1
+                self._changed.notify()
+
+    def submit(self, job: Job) -> None:
+        with self._changed:
+            self.waiting.append(job)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Let the batch that runs come to its end, and stop."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            self._answer(batch)
+
+    def _next_batch(self) -> list[Job]:
+        """The oldest request and those that can go with it; none when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.waiting or self._closed)
+            until = time.monotonic() + WAIT
+            while self.coming and len(self.waiting) < self.limits.max_batch and time.monotonic() < until:
+                self._changed.wait(until - time.monotonic())
+            batch: list[Job] = []
+            for job in list(self.waiting):
+                if len(batch) < self.limits.max_batch and fit_together([*batch, job], self.engine.batch_context):
+                    batch.append(job)
+                    self.waiting.remove(job)
+            return batch
+
+    def _answer(self, batch: list[Job]) -> None:
+        batch = [job for job in batch if not job.cancelled]
+        if not batch:
+            return
+        self.on_batch(len(batch))
+        try:
+            self._generate(batch)
+        except Exception as error:
+            logger.exception("a batch of %d failed", len(batch))
+            if len(batch) > 1 and not any(job.tokens for job in batch):
+                # One bad request must not take the others with it.
+                for job in batch:
+                    self._answer([job])
+            else:
+                self._deliver([(job, error) for job in batch if job.finish is None])
+
+    def _generate(self, batch: list[Job]) -> None:
+        model = self.engine.model
+        inputs = collate([job.inputs for job in batch], self.engine.pad_token_id)
+        model.generate(
+            **{name: _placed(value, model) for name, value in inputs.items()},
+            max_new_tokens=max(job.max_tokens for job in batch),
+            do_sample=False,  # rows that sample do so in _OwnSampling
+            num_beams=1,
+            # A model's own penalties would count a row's padding, and so depend on who else asks.
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            pad_token_id=self.engine.pad_token_id,
+            logits_processor=[_OwnSampling(batch)],
+            stopping_criteria=[_Rows(batch, self._deliver)],
+        )
+
+    def _deliver(self, events: list[tuple[Job, Event]]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(_hand_out, events)
+        except RuntimeError:  # The server is gone, and the clients with it.
+            logger.debug("nobody is there for %d events", len(events))
+
+
+def _hand_out(events: list[tuple[Job, Event]]) -> None:
+    for job, event in events:
+        job.events.put_nowait(event)
+
+
+class _OwnSampling(LogitsProcessor):
+    """Leaves a row that samples the token that it drew, so that all rows can go on greedily."""
+
+    def __init__(self, jobs: list[Job]):
+        self._jobs = jobs
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row, job in enumerate(self._jobs):
+            if job.sampler is not None and job.finish is None:
+                token = job.sampler.draw(input_ids[row], scores[row])
+                scores[row] = -torch.inf
+                scores[row, token] = 0.0
+        return scores
+
+
+class _Rows(StoppingCriteria):
+    """Hands each row its new token, and stops the rows that are at their end."""
+
+    def __init__(self, jobs: list[Job], deliver: Callable[[list[tuple[Job, Event]]], None]):
+        self._jobs, self._deliver = jobs, deliver
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
+        events: list[tuple[Job, Event]] = []
+        for job, token in zip(self._jobs, input_ids[:, -1].tolist(), strict=True):
+            if job.finish is None:
+                events += [(job, event) for event in job.take(token)]
+        if events:
+            self._deliver(events)
+        return torch.tensor([job.finish is not None for job in self._jobs], device=input_ids.device)
+
+
+def fit_together(jobs: list[Job], context: int | None) -> bool:
+    """Whether these requests can be one batch: the same inputs of the same sizes, and short enough when padded.
+
+    Padded prompts and the longest answer must fit the context, beyond which models compute positions in another way.
+    """
+    if len(jobs) == 1:
+        return True
+    length = max(job.prompt_tokens for job in jobs) + max(job.max_tokens for job in jobs)
+    return len({job.sizes for job in jobs}) == 1 and (context is None or length <= context)
+
+
+def collate(rows: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
+    """Rows that fit together as one batch: what stands beside tokens is padded on the left, media are joined in order.
+
+    Args:
+        rows: each with input_ids (1, length), others of that shape, and media (items, ...).
+    """
+    if len(rows) == 1:
+        return rows[0]
+    length = max(row["input_ids"].shape[1] for row in rows)
+    pads = {**_PADS, "input_ids": pad_token_id}
+    batch: dict[str, list[Tensor]] = {name: [] for name in rows[0]}
+    for row in rows:
+        shape = row["input_ids"].shape
+        for name, value in row.items():
+            left = (length - shape[1], 0) if value.shape == shape else None
+            batch[name].append(value if left is None else nn.functional.pad(value, left, value=pads.get(name, 0)))
+    return {name: torch.cat(values) for name, values in batch.items()}
+
+
+def _placed(value: Tensor, model: Any) -> Tensor:
+    return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)

@@ -1,0 +1,91 @@
+"""The application on a socket, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from aki.apps.serve.app import build_app
+from aki.apps.serve.engine import Engine
+from aki.apps.serve.limits import Limits
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+GRACE = 300
+"""Seconds that running answers have to come to their end after SIGTERM."""
+
+
+class ImpatientProtocol(H11Protocol):
+    """uvicorn waits for ever for the head of a request, and for a client to take in its answer; this does not."""
+
+    patience = 20.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        # Writing is paused as soon as the client's own buffers are full.
+        transport.set_write_buffer_limits(high=0)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._timer is None:
+            self._wait()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stop_waiting()
+        self._wait()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._timer = self.loop.call_later(self.patience, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+
+
+def serve(engine: Engine, host: str, port: int, limits: Limits, *, remote_images: bool, api_key: str | None) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is running and return.
+
+    Args:
+        port: 0 for any that is free; the line on standard output says which.
+
+    Raises:
+        OSError: the address is taken, or none of this machine's.
+    """
+    app = build_app(engine, limits, remote_images=remote_images, api_key=api_key)
+    if host in LOCAL:
+        # A page in a browser can lead a name of its own here, but not call itself localhost.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"])
+    elif api_key is None:
+        print(f"aki: {host} can be reached by others, and there is no --api-key.", file=sys.stderr)
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    protocol = type("Protocol", (ImpatientProtocol,), {"patience": limits.patience})
+    config = uvicorn.Config(
+        app, http=protocol, ws="none", log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False
+    )
+    # uvicorn raises the signal again when it is done, for who was there before.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    shown = f"[{host}]" if ":" in host else host
+    print(f"{engine.name} answers at http://{shown}:{listener.getsockname()[1]}/v1", flush=True)
+    uvicorn.Server(config).run(sockets=[listener])

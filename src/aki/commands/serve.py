@@ -1,0 +1,40 @@
+"""`aki serve`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from aki.apps.serve.limits import Limits
+
+
+@dataclass
+class Serve:
+    """Answer OpenAI's chat completions, for programs."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A folder or a hub id."""
+    host: str = "127.0.0.1"
+    """0.0.0.0 lets others in; give it an API key then."""
+    port: int = 8000
+    api_key: str | None = None
+    """What clients must send. Better in the environment, as AKI_API_KEY: others can read a command line."""
+    unlock: bool = False
+    """Lay mma over a model of transformers that was not saved unlocked."""
+    allow_remote_images: bool = False
+    """Fetch images that clients name by http(s) URL, from public addresses."""
+    limits: OmitArgPrefixes[Limits] = field(default_factory=Limits)
+
+    def run(self, overrides: list[str]) -> None:
+        try:
+            from aki.apps.serve.engine import Engine
+            from aki.apps.serve.server import serve
+        except ModuleNotFoundError as error:
+            raise ValueError(f"serving needs {error.name}: pip install 'aki[serve]'.") from error
+
+        key = self.api_key or os.environ.get("AKI_API_KEY") or None
+        engine = Engine.from_folder(self.model, self.unlock)
+        serve(engine, self.host, self.port, self.limits, remote_images=self.allow_remote_images, api_key=key)
