@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise RecipeError(f"aki {name} does not know {' '.join(rest)}; see aki {name} --help.")
         command.run(rest)
     except KeyboardInterrupt:
-        print("\naki: interrupted. `aki train --resume` goes on, and so does the same `aki compare`.", file=sys.stderr)
+        trains = isinstance(command, TAKE_RECIPE_FIELDS)
+        goes_on = " `aki train --resume` goes on, and so does the same `aki compare`." if trains else ""
+        print(f"\naki: interrupted.{goes_on}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"aki: {error}", file=sys.stderr)
