@@ -13,6 +13,7 @@ import tyro
 from aki.commands.chat import Chat
 from aki.commands.compare import Compare
 from aki.commands.convert import Convert
+from aki.commands.demo import Demo
 from aki.commands.mask import Mask
 from aki.commands.train import Train
 from aki.training.recipe import RecipeError
@@ -22,6 +23,7 @@ COMMANDS: tuple[Any, ...] = (
     Compare,
     Chat,
     Convert,
+    Demo,
     Mask,
 )
 TAKE_RECIPE_FIELDS = (Train, Compare)  # --sft.steps 100
