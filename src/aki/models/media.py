@@ -92,9 +92,7 @@ class Media:
         if self.modality != IMAGE:
             raise ValueError(f"a rule with rings needs media on a grid, which the tokens of one {self.name} are not.")
         if self.connector_config.connector != "perceiver_resampler":
-            height, width = self.image_size
-            patch_height, patch_width = _pair(self.encoder_config.patch_size)
-            return height // patch_height, width // patch_width
+            return self.patch_grid
         side = isqrt(latents)
         if side * side != latents:
             raise ValueError(
