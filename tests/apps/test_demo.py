@@ -3,7 +3,9 @@
 import shutil
 from io import BytesIO
 from itertools import pairwise
+from time import sleep
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from aki.apps.demo.page import serve
 from aki.apps.demo.reading import Reader, opened, overlays
 from aki.apps.loading import load
 from aki.models.explain import explain
+from aki.models.images import ImageError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 QUESTION = "how many digits are red?"
@@ -170,6 +173,54 @@ class TestPage:
         page.keyboard.type("is there a red 3?")
         page.keyboard.press("Enter")
         page.locator("#question-words label", has_text="there").wait_for()
+
+
+@in_a_browser
+def test_a_client_that_leaves_in_the_middle_does_not_keep_the_model(loaded, browser, scene):
+    model, processor = loaded
+    blocks = serve(model, processor, host="127.0.0.1", port=None, max_new_tokens=200, block=False)
+    slow = model.register_forward_pre_hook(lambda *_: sleep(0.05))
+    try:
+        leaving, staying = browser.new_context().new_page(), browser.new_context().new_page()
+        leaving.goto(blocks.local_url)
+        leaving.locator(".example").first.click()
+        leaving.wait_for_function("document.querySelector('#answer-mma textarea').value.length > 20")
+        leaving.context.close()
+        slow.remove()
+        staying.goto(blocks.local_url)
+        staying.locator(".example").first.click()
+        staying.locator("#question-words label").first.wait_for(timeout=60_000)
+        staying.context.close()
+    finally:
+        slow.remove()
+        blocks.close(verbose=False)
+
+
+class TestUploads:
+    def test_files_of_the_server_are_not_read(self, site, tmp_path):
+        """A client that names a path of the server's instead of uploading."""
+        secret = tmp_path / "secret.png"
+        Image.new("RGB", (8, 8)).save(secret)
+        config = httpx.get(f"{site}config").json()
+        reading = next(d for d in config["dependencies"] if d["targets"][0][1] == "upload")
+        for path in (str(secret), "/etc/passwd"):
+            payload = {"path": path, "meta": {"_type": "gradio.FileData"}}
+            body = {"data": [payload], "fn_index": reading["id"], "session_hash": "x"}
+            httpx.post(f"{site}gradio_api/queue/join", json=body)
+            with httpx.stream("GET", f"{site}gradio_api/queue/data?session_hash=x", timeout=30) as events:
+                done = next(line for line in events.iter_lines() if "process_completed" in line)
+            assert '"success":false' in done.replace(" ", "")
+
+    def test_files_that_are_too_large_are_refused(self, site):
+        answer = httpx.post(f"{site}gradio_api/upload", files={"files": ("a.png", bytes(21_000_000))}, timeout=60)
+        assert answer.status_code == 413
+
+    def test_bombs_are_refused_without_naming_paths(self, tmp_path):
+        bomb = tmp_path / "bomb.png"
+        Image.new("1", (20_000, 20_000)).save(bomb)
+        with pytest.raises(ImageError, match=r"^This file .*pixels") as refused:
+            opened(str(bomb))
+        assert str(tmp_path) not in str(refused.value)
 
 
 def test_answers_stream_and_the_other_rule_is_beside_it(loaded, scene):

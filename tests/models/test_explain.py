@@ -11,6 +11,7 @@ from torch import nn
 
 import aki
 from aki import plots
+from aki.attention import RULES, dense_mask, get_rule
 from aki.models.explain import attention_weights, chat_inputs, explain
 from aki.models.patches import region_read
 from aki.models.rule import rule_of, ruled
@@ -45,6 +46,24 @@ def test_rows_sum_to_1_and_hidden_pairs_are_zero(make_model, processor, picture,
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before), "the backend was not put back"
     assert model.config.text_config._attn_implementation == backend
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_shows_what_it_lets_be_seen(make_model, make_processor, picture, rule):
+    """dense_mask is held against the definitions in attention/test_rules.py."""
+    processor = make_processor()
+    processor.image_seq_length = 4
+    model = make_model(connector="mlp", attention_rule=rule)
+    inputs = inputs_of(processor, picture())
+    weights = attention_weights(model, inputs)
+    layout = model.layout(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], prompt_block_ids=inputs["prompt_block_ids"]
+    )
+    assert torch.equal(weights[0] > 0, dense_mask(get_rule(rule), layout)[0])
+    found = model.explain(picture(), QUESTION, processor=processor, max_new_tokens=3)
+    prompt = inputs["input_ids"].shape[1]
+    said = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, prompt:]
+    assert found.answer == processor.tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
 def test_weights_are_those_of_the_layers(make_model, processor, picture):

@@ -28,26 +28,23 @@ AVERAGE = "mean of all"
 class Page:
     """The page's parts, and what happens between them."""
 
-    def __init__(self, reader: Reader, folder: Path):
-        """
-        Args:
-            folder: where the pictures of the examples are written.
-        """
+    def __init__(self, reader: Reader):
         self.reader = reader
+        self.folder = tempfile.TemporaryDirectory(prefix="aki-demo-")
         self.blocks = gr.Blocks(analytics_enabled=False, title="AKI: what the image read", delete_cache=(3600, 3600))
         with self.blocks:
             gr.Markdown(f"# What the image read\n{_about(reader)}")
             self.readings = gr.State(None)
             with gr.Row():
                 with gr.Column(min_width=280):
-                    self.add_question(folder)
+                    self.add_question()
                 with gr.Column(min_width=280):
                     self.add_answer()
                     with gr.Row():
                         self.shown = [self.add_overlay(rule) for rule in reader.rules]
             self.connect()
 
-    def add_question(self, folder: Path) -> None:
+    def add_question(self) -> None:
         self.picture = gr.Image(
             type="filepath",
             image_mode=None,
@@ -58,12 +55,12 @@ class Page:
             elem_id="picture",
         )
         # The file as it is: what cannot be read gets our sentence, not Gradio's exception.
-        self.picture.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore
+        self.picture.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
         self.question = gr.Textbox(label="Question", max_length=4000, lines=1, elem_id="question")
         self.ask = gr.Button("Ask", variant="primary", elem_id="ask")
         gr.Markdown("Or try:")
         self.examples = []
-        for path, question in example_questions(self.reader, folder):
+        for path, question in example_questions(self.reader, Path(self.folder.name)):
             button = gr.Button(question, icon=path, size="sm", variant="secondary", elem_classes="example")
             self.examples.append((button, path, question))
 
@@ -143,10 +140,11 @@ class Page:
         return self.result()
 
     def read(self, source: str | None, question: str) -> Iterator[list[Any]]:
-        yield self.result(answer="…")
         answer = ""
         try:
-            for answer, explanations, why_none in self.reader.read(opened(source), question):
+            picture = opened(source)
+            yield self.result(answer="…")
+            for answer, explanations, why_none in self.reader.read(picture, question):
                 yield self.result(answer, explanations, why_none)
         except (ValueError, RuntimeError) as error:
             yield self.result(answer, message=str(error))
@@ -224,26 +222,27 @@ def serve(
     """Show the page until Ctrl-C, or, without `block`, until `close()` of what is returned.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port cannot be had.
     """
-    folder = tempfile.TemporaryDirectory(prefix="aki-demo-")
-    page = Page(Reader(model, processor, max_new_tokens), Path(folder.name))
-    page.blocks.examples_folder = folder  # type: ignore[attr-defined]  # it lives as long as the page
+    page = Page(Reader(model, processor, max_new_tokens))
     page.blocks.queue(max_size=32)
-    page.blocks.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        ssr_mode=False,
-        quiet=True,
-        max_file_size=MAX_FILE_SIZE,
-        allowed_paths=[folder.name],
-        state_session_capacity=200,
-        footer_links=[],
-        theme=THEME,
-        css=STYLE,
-        prevent_thread_lock=True,
-    )
+    try:
+        page.blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            max_file_size=MAX_FILE_SIZE,
+            allowed_paths=[page.folder.name],
+            state_session_capacity=200,
+            footer_links=[],
+            theme=THEME,
+            css=STYLE,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise OSError(f"port {port} of {host} cannot be had: choose another with --port.") from error
     print(f"{page.blocks.local_url} (Ctrl-C ends it)", flush=True)
     if block:
         page.blocks.block_thread()
