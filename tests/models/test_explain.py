@@ -114,7 +114,8 @@ def test_arrays_are_cut_out_of_the_weights(make_model, make_processor, picture, 
     assert (found.media_to_question > 0).all()
     text = [p for p in range(length, answer.shape[1]) if answer[0, p] not in processor.tokenizer.all_special_ids]
     if len(found.answer_words) == 1:
-        np.testing.assert_allclose(found.answer_to_media[:, 0], weights[:, [p - 1 for p in text]][:, :, media].mean(1))
+        looked = weights[:, [p - 1 for p in text]][:, :, media].mean(1)
+        np.testing.assert_allclose(found.answer_to_media[:, 0], looked, rtol=1e-5)
     assert found.question_maps.shape == (2, 6, PIXELS // PATCH, PIXELS // PATCH)
     np.testing.assert_allclose(found.answer_maps.sum((2, 3)), found.answer_to_media.sum(2), rtol=1e-5)
 
