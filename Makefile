@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPU_THREADS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install quickstart digits test test-slow lint bench-step masks clean
+.PHONY: install quickstart digits browser test test-slow lint bench-step masks clean
 
 install: .venv/installed
 
@@ -20,6 +20,12 @@ quickstart: install
 
 digits: install
 	$(BIN)/aki compare recipes/digits.yaml --seeds 3 --output runs/digits
+
+# The web page's tests drive Debian's Chromium; where it can't be installed they are skipped, and say so.
+browser:
+	@command -v chromium >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; \
+	} || echo "no chromium, and no root with apt-get to install it: the web page's tests will be skipped"
 
 test: install
 	$(BIN)/pytest -m 'not slow' -n $(CPU_THREADS)

@@ -1,5 +1,7 @@
 """The command line: what it says, and what it says no to."""
 
+import io
+import json
 import subprocess
 import sys
 
@@ -116,5 +118,24 @@ def test_wrong_commands_are_sentences(tmp_path, capsys):
 
 def test_the_module_is_the_command():
     out = subprocess.run([sys.executable, "-m", "aki", "--help"], capture_output=True, text=True, check=True).stdout
-    for command in ("train", "compare", "chat", "convert", "mask"):
+    for command in ("train", "compare", "chat", "convert", "demo", "mask"):
         assert command in out
+
+
+def test_chat_takes_pictures_pipes_and_scripts(model_folder, capsys, monkeypatch):
+    scene = str(model_folder.parent / "scene.png")
+    arguments = ["chat", str(model_folder), "--image", scene, "--image", scene, "--max-new-tokens", "4"]
+    main([*arguments, "how many?"])
+    plain = capsys.readouterr().out.strip()
+    monkeypatch.setattr("sys.stdin", io.StringIO("how many?"))
+    main([*arguments, "--json", "--rule", "mma"])
+    row = json.loads(capsys.readouterr().out)
+    assert row["answer"] == plain
+    assert (row["images"], row["rule"], row["question"]) == ([scene, scene], "mma", "how many?")
+    assert row["seconds"] > 0
+
+
+def test_demo_says_what_it_needs(model_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "aki.apps.demo.page", raising=False)
+    assert "pip install 'aki[demo]'" in says(capsys, ["demo", model_folder])

@@ -1,7 +1,9 @@
 """AKI and modality-mutual attention."""
 
+from aki import plots
 from aki.attention import lock, unlock, write_prompt_blocks
 from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models.explain import explain
 
 __version__ = "0.1.0"
 __all__ = [
@@ -9,7 +11,9 @@ __all__ = [
     "AkiConnectorConfig",
     "AkiForConditionalGeneration",
     "AkiProcessor",
+    "explain",
     "lock",
+    "plots",
     "unlock",
     "write_prompt_blocks",
 ]

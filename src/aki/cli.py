@@ -14,10 +14,11 @@ from aki.commands.chat import Chat
 from aki.commands.compare import Compare
 from aki.commands.convert import Convert
 from aki.commands.data import Data
+from aki.commands.demo import Demo
 from aki.commands.eval import Eval
 from aki.commands.mask import Mask
-from aki.commands.table import Table
 from aki.commands.serve import Serve
+from aki.commands.table import Table
 from aki.commands.train import Train
 from aki.training.recipe import RecipeError
 
@@ -26,6 +27,7 @@ COMMANDS: tuple[Any, ...] = (
     Compare,
     Chat,
     Convert,
+    Demo,
     Mask,
     Data,
     Eval,
@@ -55,7 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise RecipeError(f"aki {name} does not know {' '.join(rest)}; see aki {name} --help.")
         command.run(rest)
     except KeyboardInterrupt:
-        print("\naki: interrupted. `aki train --resume` goes on, and so does the same `aki compare`.", file=sys.stderr)
+        trains = isinstance(command, TAKE_RECIPE_FIELDS)
+        goes_on = " `aki train --resume` goes on, and so does the same `aki compare`." if trains else ""
+        print(f"\naki: interrupted.{goes_on}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"aki: {error}", file=sys.stderr)

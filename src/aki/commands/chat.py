@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 
 @dataclass
 class Chat:
-    """Ask a model about a picture."""
+    """Ask a model about pictures: once, with a question or piped input, or in a chat at the terminal."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A folder or a hub id."""
     question: Annotated[Positional[str | None], arg(metavar="QUESTION")] = None
-    """Read from standard input if absent."""
-    image: str | None = None
-    """A path or URL."""
+    """Absent: standard input, which at a terminal is a chat."""
+    image: UseAppendAction[tuple[str, ...]] = ()
+    """A path or URL; --image again for one more."""
     rule: str | None = None
     """Another attention rule than the model's."""
+    unlock: bool = False
+    """Lay MMA over a model that is not AKI's, as it is."""
     max_new_tokens: int = 128
+    """Of one answer."""
+    json: bool = False
+    """Print one JSON object, for scripts."""
 
     def run(self, overrides: list[str]) -> None:
-        from aki.apps.chat import answer, load
+        from aki.apps.chat import Chat as Conversation
+        from aki.apps.chat import load
+        from aki.apps.terminal import Terminal
 
-        question = self.question if self.question is not None else sys.stdin.read()
-        model, processor = load(self.model)
-        answer(
-            model,
-            processor,
-            question,
-            self.image,
-            max_new_tokens=self.max_new_tokens,
-            attention_rule=self.rule,
-            emit=lambda piece: print(piece, end="", flush=True),
-        )
-        print()
+        interactive = self.question is None and sys.stdin.isatty() and not self.json
+        question = None if interactive else (self.question if self.question is not None else sys.stdin.read())
+        chat = Conversation(*load(self.model, self.unlock), self.max_new_tokens)
+        if self.rule is not None:
+            chat.set_rule(self.rule)
+        for image in self.image:
+            chat.add_image(image)
+        if question is None:
+            Terminal(chat).run()
+        elif self.json:
+            self.print_json(chat, question)
+        else:
+            chat.ask(question, lambda piece: print(piece, end="", flush=True))
+            print()
+
+    def print_json(self, chat: Any, question: str) -> None:
+        start = time.perf_counter()
+        said = chat.ask(question)
+        seconds = round(time.perf_counter() - start, 3)
+        row = {"question": question, "answer": said, "images": list(self.image), "rule": chat.rule, "seconds": seconds}
+        print(json.dumps({"model": self.model} | row, ensure_ascii=False))

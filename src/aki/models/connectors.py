@@ -22,13 +22,22 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
-        features, latents = self.norm_media(features), self.norm_latents(latents)
-        keys, values = self.to_kv(torch.cat([features, latents], dim=1)).chunk(2, dim=-1)
-        query, keys, values = (
-            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (self.to_q(latents), keys, values)
-        )
+        query, keys, values = self._query_key_value(features, latents)
         attended = nn.functional.scaled_dot_product_attention(query, keys, values)
         return self.to_out(attended.transpose(1, 2).flatten(2))
+
+    def weights(self, features: Tensor, latents: Tensor) -> Tensor:
+        """What each latent pays to each feature and then to each latent: (items, latents, features + latents), the
+        mean over the heads; rows sum to 1."""
+        query, keys, _ = self._query_key_value(features, latents)
+        scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return scores.softmax(-1).mean(1)
+
+    def _query_key_value(self, features: Tensor, latents: Tensor) -> list[Tensor]:
+        """Each (items, heads, tokens, head width)."""
+        features, latents = self.norm_media(features), self.norm_latents(latents)
+        keys, values = self.to_kv(torch.cat([features, latents], dim=1)).chunk(2, dim=-1)
+        return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (self.to_q(latents), keys, values)]
 
 
 def feed_forward(width: int, mult: int) -> nn.Sequential:
@@ -65,6 +74,21 @@ class PerceiverResampler(nn.Module):
             latents = latents + attention(features, latents)
             latents = latents + mlp(latents)
         return self.projection(self.norm(latents))
+
+    def feature_weights(self, features: Tensor) -> Tensor:
+        """From which features each embedding is made: (items, latents, features), rows sum to 1.
+
+        The mean over layers and heads of what the latents pay to the features; what they pay to each other is left out.
+        """
+        latents, paid = self.latents.expand(features.shape[0], -1, -1), []
+        for layer in self.layers:
+            attention, mlp = layer.children()
+            assert isinstance(attention, PerceiverAttention)
+            paid.append(attention.weights(features, latents)[..., : features.shape[1]])
+            latents = latents + attention(features, latents)
+            latents = latents + mlp(latents)
+        mean = torch.stack(paid).mean(0)
+        return mean / mean.sum(-1, keepdim=True)
 
 
 class MLPConnector(nn.Module):

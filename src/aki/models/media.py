@@ -47,6 +47,16 @@ class Media:
         return _pair(size)
 
     @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of one picture.
+
+        Raises:
+            ValueError: the encoder has no fixed size.
+        """
+        (height, width), (patch_height, patch_width) = self.image_size, _pair(self.encoder_config.patch_size)
+        return height // patch_height, width // patch_width
+
+    @property
     def num_features(self) -> int:
         """Patches of one picture, or steps in time of one audio clip.
 
@@ -61,8 +71,8 @@ class Media:
                     "of a fixed length, as Whisper's or Voxtral's."
                 )
             return steps
-        (height, width), (patch_height, patch_width) = self.image_size, _pair(self.encoder_config.patch_size)
-        return (height // patch_height) * (width // patch_width)
+        rows, columns = self.patch_grid
+        return rows * columns
 
     @property
     def tokens_per_item(self) -> int:
@@ -82,9 +92,7 @@ class Media:
         if self.modality != IMAGE:
             raise ValueError(f"a rule with rings needs media on a grid, which the tokens of one {self.name} are not.")
         if self.connector_config.connector != "perceiver_resampler":
-            height, width = self.image_size
-            patch_height, patch_width = _pair(self.encoder_config.patch_size)
-            return height // patch_height, width // patch_width
+            return self.patch_grid
         side = isqrt(latents)
         if side * side != latents:
             raise ValueError(

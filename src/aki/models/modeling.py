@@ -27,6 +27,7 @@ from aki.attention.backends import takes_prepared
 from aki.layout import AUDIO, IGNORE_INDEX, VIDEO, SequenceLayout, build_layout
 from aki.models.configuration import AkiConfig
 from aki.models.connectors import PerceiverResampler, build_connector
+from aki.models.explain import AkiExplainMixin
 from aki.models.features import FeatureCache
 from aki.models.generation import AkiGenerationMixin
 from aki.models.media import Media
@@ -61,7 +62,7 @@ class AkiPreTrainedModel(PreTrainedModel):
             init.normal_(module.latents, mean=0.0, std=1.0)
 
 
-class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin):
+class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExplainMixin):
     """A decoder-only language model that reads images, and videos and audio if configured, by its attention rule."""
 
     def __init__(self, config: AkiConfig):

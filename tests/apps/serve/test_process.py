@@ -84,7 +84,7 @@ def says(capsys, *arguments):
 
 def test_what_cannot_be_served_is_said_in_a_sentence(model_folder, llava_folder, tmp_path, capsys):
     assert "there is no model folder" in says(capsys, tmp_path / "nothing")
-    assert "--unlock lays mma over it" in says(capsys, llava_folder)
+    assert "add --unlock" in says(capsys, llava_folder)
 
 
 def test_weights_are_safetensors_only(model_folder, tmp_path):

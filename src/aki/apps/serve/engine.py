@@ -6,16 +6,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from aki.apps.chat import load
+from aki.apps.loading import load
 from aki.apps.serve.limits import Limits, Refused
 from aki.apps.serve.schema import ChatRequest
 from aki.attention.families import media_token_ids
-from aki.attention.unlock import unlock
 from aki.models import AkiConfig, AkiProcessor
 
 _TEMPLATE = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -63,17 +60,7 @@ class Engine:
         Raises:
             ValueError, OSError: nothing there that can be served.
         """
-        config = _configuration(folder)
-        if config is None or isinstance(config, AkiConfig):
-            model, processor = load(folder)
-        elif not unlocked and not hasattr(config, "attention_rule"):
-            raise ValueError(f"{folder} is no AKI model, and was not saved unlocked: --unlock lays mma over it.")
-        else:
-            options: dict[str, Any] = {"trust_remote_code": False}
-            model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **options)
-            model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-            processor = AutoProcessor.from_pretrained(folder, **options)
-            unlock(model, processor)
+        model, processor = load(folder, unlocked)
         return cls(Path(folder).resolve().name, model, processor)
 
     def inputs(self, chat: ChatRequest, images: list[Any]) -> dict[str, Tensor]:
@@ -115,14 +102,6 @@ class Engine:
             message = f"the prompt has {prompt} tokens, and with the answer the model has room for {self.context}."
             raise Refused(400, message, "context_length_exceeded", "messages")
         return asked or room
-
-
-def _configuration(folder: str) -> Any:
-    """None if it cannot be read: the loader of AKI models says why."""
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
 
 
 def _refused(message: str) -> Refused:

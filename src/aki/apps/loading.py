@@ -1,0 +1,43 @@
+"""A model to talk to, from a folder or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+
+from aki.attention import unlock as unlock_model
+from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
+
+
+def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
+    """Model and processor, on the GPU if there is one. Weights are read as safetensors only.
+
+    Args:
+        folder: of an AKI model, or of any other model of transformers that was unlocked when it was saved.
+        unlock: lay MMA over a model that is not AKI's and was not unlocked before.
+
+    Raises:
+        ValueError: there is no such folder, or no whole model in it that could be asked about pictures.
+    """
+    local = Path(folder)
+    looks_local = local.is_absolute() or str(folder).startswith(".") or len(local.parts) > 2
+    if local.is_file() or (looks_local and not local.exists()):
+        raise ValueError(f"there is no model folder at {folder}.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found, _ = PreTrainedConfig.get_config_dict(folder)
+    kind = found.get("model_type")
+    if kind in (AkiConfig.model_type, None):
+        model = AkiForConditionalGeneration.from_pretrained(folder).to(device).eval()
+        return model, AkiProcessor.from_pretrained(folder)
+    if not unlock and "attention_rule" not in found:
+        raise ValueError(
+            f"{folder} holds a model of type {kind!r}, not an AKI model: to lay MMA over it as it is, add --unlock."
+        )
+    # On a terminal transformers would ask whether to run the folder's own code.
+    closed: dict[str, Any] = {"trust_remote_code": False}
+    model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, dtype="auto", **closed)
+    processor = AutoProcessor.from_pretrained(folder, **closed)
+    return unlock_model(model.to(device).eval(), processor), processor
