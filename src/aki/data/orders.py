@@ -18,10 +18,12 @@ ORDERS = {"image_first": ("image_first",), "text_first": ("text_first",), "both"
 """A stage's order -> the orders in which each sample is trained. `image_first` is the order in which data comes."""
 
 
-def template_in_order(processor: AkiProcessor, name: str, order: str) -> str:
-    """One of the processor's chat templates (`default`, `caption`) in an order."""
-    template = processor.chat_template[name]
-    return text_first(template) if order == "text_first" else template
+def template_in_order(processor: AkiProcessor, name: str | None, order: str) -> str | None:
+    """One of the processor's chat templates in an order: its name as it is (None is the default), or the template."""
+    if order == "image_first":
+        return name
+    templates = processor.chat_template
+    return text_first(templates[name or "default"] if isinstance(templates, dict) else templates)
 
 
 @dataclass
