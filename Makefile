@@ -43,6 +43,8 @@ bench-step: install
 
 masks: install
 	$(BIN)/aki mask --rule mma --picture docs/mma.png
+	$(BIN)/aki mask --rule mma concentric prefix image_bidirectional mma+image_bidirectional --picture docs/rules.png
+	$(BIN)/python docs/rules_table.py
 
 clean:
 	rm -rf .venv runs

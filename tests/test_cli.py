@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from aki.attention import RULES
 from aki.cli import main
 from aki.training.stages import build_model
 
@@ -100,6 +101,21 @@ def test_mask_draws_and_counts(tmp_path, capsys):
         "mma: 115 pairs, 24 beyond causal",
     ]
     assert Image.open(tmp_path / "mma.png").size[0] > 500
+
+
+def test_every_rule_draws_itself(tmp_path, capsys):
+    rules = [rule for rule in RULES if rule != "causal"]
+    main(["mask", "--rule", *rules, "mma+image_bidirectional", "--picture", str(tmp_path / "rules.png")])
+    said = dict(line.split(":") for line in capsys.readouterr().out.splitlines()[:-1])
+    # 18 tokens, a picture of 3 x 3 at 1 to 9, a question of 6, an answer of 2; 171 pairs are causal. Of the 36 pairs
+    # ahead within the picture, the centre's 4 and the border's 28 are open in rings; 4 of the border no longer see the
+    # centre behind them.
+    assert said["concentric"] == " 199 pairs, 32 beyond causal"
+    assert said["prefix"] == f" {16 * 16 + 17 + 18} pairs, {16 * 15 // 2} beyond causal"
+    assert said["image_bidirectional"] == " 207 pairs, 36 beyond causal"
+    assert said["mma"] == said["mma_scoped"] == f" {171 + 9 * 6} pairs, 54 beyond causal"
+    assert said["mma+image_bidirectional"] == f" {171 + 54 + 36} pairs, 90 beyond causal"
+    assert Image.open(tmp_path / "rules.png").size[1] > 1000
 
 
 def test_wrong_commands_are_sentences(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """The comparison, end to end with tiny cells, and its arithmetic by hand."""
 
 import json
+import resource
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,8 +10,12 @@ import yaml
 from PIL import Image
 
 from aki.cli import main
-from aki.evaluation.compare import CellError, _plain, plan, run_comparison
-from aki.evaluation.report import mean_curve, steps_to_reach, table
+from aki.evaluation import compare
+from aki.evaluation.cells import CellError
+from aki.evaluation.compare import Comparison, run_comparison
+from aki.evaluation.plan import plan, rows_by_rule
+from aki.evaluation.report import interval, mean_curve, paired, remarks, steps_to_reach, summary_table, table
+from aki.training.recipe import RecipeError, beyond_defaults, load_recipe
 
 SKILLS = ("read", "colour", "count_colour", "count_digit", "exists", "relation")
 
@@ -50,41 +56,232 @@ def test_steps_to_reach_causals_end():
     assert steps_to_reach({"causal": RESULTS["mma"], "mma": RESULTS["causal"]}, "mma") == (None, 30)
 
 
-def test_plan_shares_the_pretraining_of_a_seed(tiny_recipe):
-    first, second = plan(tiny_recipe, ["causal", "mma"], 2)
-    assert [cell.name for cell in first] == ["pretrain", "pretrain-seed1"]
-    assert [(cell.name, cell.start_from, cell.seed) for cell in second] == [
-        ("causal", "pretrain", 0),
-        ("mma", "pretrain", 0),
-        ("causal-seed1", "pretrain-seed1", 1),
-        ("mma-seed1", "pretrain-seed1", 1),
-    ]
+def with_costs(results):
+    for row, runs in results.items():
+        for run in runs:
+            seconds, tokens = (0.3, 4e6) if row == "mma" else (0.2, 2e6)
+            run |= {"step_seconds": seconds, "tokens": tokens, "flops": 6 * tokens * 1e6, "parameters": 1_234_567}
+            run["pretrain"] = {"tokens": 1e6, "flops": 6e12}
+    return results
+
+
+def test_intervals_are_students():
+    # Textbook: n = 5, standard deviation 1, t = 2.776.
+    mean, half = interval([1, 2, 3, 4, 5])
+    assert (mean, half) == (3, pytest.approx(2.776 * 2.5**0.5 / 5**0.5, abs=1e-3))
+    assert interval([4.0]) == (4.0, None)
+
+
+def test_summary_compares_the_seeds_that_both_have():
+    results = with_costs({"causal": RESULTS["causal"], "mma": [*RESULTS["mma"], result(2, 0.1, [0.1])]})
+    assert paired(results, "mma") == [pytest.approx(10), pytest.approx(6)]
+    rows = summary_table(results, {"causal": "Causal", "mma": "MMA"}).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    # causal 60 and 64: 12.706 * 2.828 / sqrt(2) = 25.4; differences 10 and 6 likewise.
+    assert cells[2] == ["Causal", "2", "62.0 ± 25.4", "", "1,234,567", "3.00", "18.0", "1.00"]
+    assert cells[3] == ["MMA", "3", "50.0 ± 86.1", "+8.0 ± 25.4", "1,234,567", "5.00", "30.0", "1.50"]
+
+
+def test_more_compute_is_said(table1):
+    results = with_costs({"causal": [result(0, 0.6, [])], "dot": [result(0, 0.6, [])], "mma": [result(0, 0.7, [])]})
+    results["dot-without-it-pt"] = results["dot-without-it-sft"] = results["causal"]
+    said = "\n".join(remarks(Comparison(table1, results)))
+    assert "Compute: MMA 1.67 times causal's FLOPs; all others had as many" in said
+    assert "In DOT (w/o I&T)PT pre-training has no label after the picture" in said
+    assert "except DOT (w/o I&T)SFT, trained and asked with the text first. Trained in both orders: DOT" in said
+
+
+@pytest.fixture
+def table1():
+    return load_recipe("recipes/digits-table1.yaml")
+
+
+class TestPlan:
+    def test_a_pretraining_is_shared_by_the_rows_of_a_seed(self, tiny_recipe):
+        tiny_recipe.rows = rows_by_rule(["causal", "mma"])
+        cells = plan(tiny_recipe, ["causal", "mma"], range(2))
+        assert [(cell.name, cell.start_from, cell.recipe.seed) for cell in cells] == [
+            ("pretrain", None, 0),
+            ("pretrain-seed1", None, 1),
+            ("causal", "pretrain", 0),
+            ("causal-seed1", "pretrain-seed1", 1),
+            ("mma", "pretrain", 0),
+            ("mma-seed1", "pretrain-seed1", 1),
+        ]
+        assert [cell.recipe.sft.rule for cell in cells if cell.stage == "sft"] == ["causal", "causal", "mma", "mma"]
+
+    def test_the_papers_rows(self, table1):
+        """Paper, section 5: which order and rule each row has in which stage."""
+        cells = {cell.row: cell for cell in plan(table1, table1.rows, [0]) if cell.stage == "sft"}
+        starts = {cell.name: cell for cell in plan(table1, table1.rows, [0]) if cell.stage == "pretrain"}
+        said = {
+            row: [(part.order, part.rule) for part in (starts[cell.start_from].recipe.pretrain, cell.recipe.sft)]
+            for row, cell in cells.items()
+        }
+        i, t, both = "image_first", "text_first", "both"
+        assert said == {
+            "causal": [(i, "causal"), (i, "causal")],
+            "concentric": [(i, "concentric"), (i, "concentric")],
+            "dot": [(both, "causal"), (both, "causal")],
+            "mma": [(i, "causal"), (i, "mma")],
+            "dot-equal-tokens": [(both, "causal"), (both, "causal")],
+            "dot-without-ti-pt": [(i, "causal"), (both, "causal")],
+            "dot-without-it-pt": [(t, "causal"), (both, "causal")],
+            "dot-without-ti-sft": [(both, "causal"), (i, "causal")],
+            "dot-without-it-sft": [(both, "causal"), (t, "causal")],
+            "prefix": [(i, "causal"), (i, "prefix")],
+            "image-bidirectional": [(i, "causal"), (i, "image_bidirectional")],
+            "mma-image-bidirectional": [(i, "causal"), (i, "mma+image_bidirectional")],
+        }
+        shared = {row for row, cell in cells.items() if cell.start_from == "pretrain"}
+        assert shared == {
+            "causal",
+            "mma",
+            "dot-without-ti-pt",
+            "prefix",
+            "image-bidirectional",
+            "mma-image-bidirectional",
+        }
+        equal, dot = cells["dot-equal-tokens"], cells["dot"]
+        assert 2 * equal.recipe.sft.batch_size == dot.recipe.sft.batch_size == cells["causal"].recipe.sft.batch_size
+        assert 2 * starts[equal.start_from].recipe.pretrain.batch_size == table1.pretrain.batch_size
+
+    def test_a_name_means_the_same_whatever_is_asked_for(self, table1):
+        whole = {cell.name: cell.fingerprint for cell in plan(table1, table1.rows, range(2))}
+        some = plan(table1, ["dot-without-ti-sft", "mma"], [1])
+        assert {cell.name for cell in some} == {
+            "pretrain-dot-seed1",
+            "pretrain-seed1",
+            "dot-without-ti-sft-seed1",
+            "mma-seed1",
+        }
+        assert all(whole[cell.name] == cell.fingerprint for cell in some)
+
+    def test_a_learning_rate_is_the_rows_own_and_the_cosine_keeps_its_shape(self, table1):
+        (mma,) = (c for c in plan(table1, ["mma"], [0], {"mma": 1e-2}) if c.stage == "sft")
+        sft = mma.recipe.sft
+        assert sft.learning_rate == 1e-2
+        assert sft.min_learning_rate / 1e-2 == pytest.approx(table1.sft.min_learning_rate / table1.sft.learning_rate)
+
+    def test_fields_that_others_add_with_defaults_change_no_fingerprint(self, tiny_recipe):
+        tiny_recipe.rows = rows_by_rule(["mma"])
+        spelled_out = replace(tiny_recipe, bf16=False, sft=replace(tiny_recipe.sft, clip=1.0))
+        (_, ours), (_, theirs) = (plan(recipe, ["mma"], [0]) for recipe in (tiny_recipe, spelled_out))
+        assert ours.fingerprint == theirs.fingerprint
+        other = replace(tiny_recipe, sft=replace(tiny_recipe.sft, clip=0.5))
+        assert plan(other, ["mma"], [0])[1].fingerprint != ours.fingerprint
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ({"a": {"sft": {"rul": "mma"}}}, r"rows\.a: unknown key 'sft\.rul': did you mean 'rule'"),
+            ({"a": {"sft": {"rule": "nma"}}}, r"rows\.a: there is no attention rule 'nma'"),
+            ({"a": {"stf": {}}}, r"rows\.a: unknown key 'stf'"),
+            ({"a": 3}, r"rows\.a should be a mapping"),
+        ],
+    )
+    def test_a_row_that_is_no_recipe_is_named(self, tiny_recipe, rows, message, tmp_path):
+        tiny_recipe.rows = rows
+        with pytest.raises(RecipeError, match=message):
+            run_comparison(tiny_recipe, tmp_path, ["a"], 1, 1)
 
 
 def test_compare_from_the_command_line_and_again(tiny_recipe, tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(_plain(tiny_recipe)))
-    arguments = ["compare", str(recipe), "--output", str(tmp_path / "out")]
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump(beyond_defaults(tiny_recipe)))
+    arguments = ["compare", str(recipe), "--output", str(out)]
     main(arguments)
     said = capsys.readouterr().out
     assert "| mma - causal |" in said
     assert said.count("?  ") + said.count(".  ") >= 3, "three questions are answered"
-    assert Image.open(tmp_path / "out/curves.png").size[0] > 500
-    assert Image.open(tmp_path / "out/scene.png").size == (240, 240)
-    causal, mma = (json.loads((tmp_path / "out" / rule / "result.json").read_text()) for rule in ("causal", "mma"))
+    assert Image.open(out / "curves.png").size[0] > 500
+    assert Image.open(out / "report.png").size[0] > 500
+    assert Image.open(out / "scene.png").size == (240, 240)
+    causal, mma = (json.loads((out / rule / "result.json").read_text()) for rule in ("causal", "mma"))
     assert causal["recipe"]["sft"].pop("rule") == "causal"
     assert mma["recipe"]["sft"].pop("rule") == "mma"
     assert causal["recipe"] == mma["recipe"]
     assert causal["parameters"] == mma["parameters"]
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert len(written) >= 3
     main(arguments)
     assert {path: path.stat().st_mtime_ns for path in written} == written, "nothing is trained twice"
+    assert capsys.readouterr().out == said
+
+    # Where only the small files came along, the report is made again from them.
+    report = (out / "report.md").read_bytes()
+    for folder in [path for path in out.iterdir() if path.is_dir() and path.name != "cells"]:
+        shutil.rmtree(folder)
+    (out / "report.md").unlink()
+    main(arguments)
+    assert (out / "report.md").read_bytes() == report
+    assert not (out / "pretrain").exists(), "nothing was trained"
+    with pytest.raises(SystemExit):
+        main([*arguments, "--sft.learning-rate", "3e-3"])
+    assert "was trained by another recipe" in capsys.readouterr().err
 
 
+def test_every_row_of_table_1_end_to_end(tmp_path, capsys):
+    """As `aki compare recipes/digits-table1.yaml --seeds 1 --fast`: under two minutes, one learning rate tried."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    main(
+        [
+            "compare",
+            "recipes/digits-table1.yaml",
+            "--seeds",
+            "1",
+            "--fast",
+            "--parallel",
+            "1",
+            "--output",
+            str(tmp_path),
+        ]
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of both processes together, because a machine that does other things is slower by the clock.
+    assert after.ru_utime - before.ru_utime < 120
+    said = capsys.readouterr().out
+    recipe = load_recipe("recipes/digits-table1.yaml")
+    for row in recipe.rows.values():
+        assert f"| {row['title']} | 1 | " in said
+    cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json")}
+    assert all(cells[row]["test"]["accuracy"] >= 0 and cells[row]["tokens"] > 0 for row in recipe.rows)
+    assert cells["dot"]["tokens"] > 1.9 * cells["causal"]["tokens"]
+
+
+def test_learning_rates_are_tried_on_a_seed_of_their_own_and_a_killed_comparison_continues(
+    tiny_recipe, tmp_path, monkeypatch
+):
+    tiny_recipe.rows = rows_by_rule(["causal"])
+    tiny_recipe.learning_rates = (1e-5, 1e-2)
+    kept = compare.write_json
+
+    def killed(path, value):
+        kept(path, value)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(tiny_recipe, tmp_path, ["causal"], 1, 1)
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == ["pretrain-seed1000.json"]
+    before = (tmp_path / "pretrain-seed1000/model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(compare, "write_json", kept)
+
+    found = run_comparison(tiny_recipe, tmp_path, ["causal"], 1, 1)
+    assert (tmp_path / "pretrain-seed1000/model.safetensors").stat().st_mtime_ns == before
+    cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json")}
+    slow, fast = "causal-lr1e-05-seed1000", "causal-lr0.01-seed1000"
+    assert cells.keys() == {"pretrain", "causal", "pretrain-seed1000", slow, fast}
+    tried = found.searched["causal"]
+    assert tried == {1e-5: cells[slow]["validation"]["accuracy"], 1e-2: cells[fast]["validation"]["accuracy"]}
+    assert cells["causal"]["learning_rate"] == max(tried, key=tried.get)
+    assert [run["cell"] for run in found.results["causal"]] == ["causal"]
+
+
+@pytest.mark.slow
 def test_a_cell_that_fails_is_named_with_its_reason(tiny_recipe, tmp_path):
     tiny_recipe.sft = replace(tiny_recipe.sft, max_length=8)
-    with pytest.raises(
-        CellError, match=r"the cell causal failed: aki: sample digits/.* has .* tokens, more than the 8"
-    ):
+    tiny_recipe.rows = rows_by_rule(["causal"])
+    with pytest.raises(CellError, match=r"the cell causal failed: sample digits/.* has .* tokens, more than the 8"):
         run_comparison(tiny_recipe, tmp_path, ["causal"], 1, 1)
+    assert "Traceback" in (tmp_path / "log.txt").read_text()

@@ -14,15 +14,14 @@ import torch
 import yaml
 
 from aki.attention import LeakError
-from aki.evaluation.compare import _plain
 from aki.models import AkiForConditionalGeneration, AkiProcessor
-from aki.training.recipe import RecipeError
+from aki.training.recipe import RecipeError, beyond_defaults
 from aki.training.stages import Job, RunError, build_model, run_stage
 from aki.training.trainer import AkiTrainer, last_whole_checkpoint
 
 
 def run(recipe, stage, folder, **options):
-    return run_stage(Job(recipe, stage, folder, machine=True, **options))
+    return run_stage(Job(recipe, stage, folder, report=lambda news: None, **options))
 
 
 def interrupt_before(monkeypatch, step):
@@ -143,7 +142,7 @@ def test_schedule_and_decay_are_the_papers(tiny_recipe, tmp_path):
     """Warm-up from the minimum rate, a cosine back to it; no decay of norms, biases and input embeddings."""
     import math
 
-    from aki.training.data import stage_collator
+    from aki.training.data import stage_collators
     from aki.training.stages import _arguments, _digits_trainer
 
     stage = tiny_recipe.sft = replace(
@@ -151,7 +150,7 @@ def test_schedule_and_decay_are_the_papers(tiny_recipe, tmp_path):
     )
     model, processor = build_model(tiny_recipe)
     job = Job(tiny_recipe, "sft", tmp_path)
-    trainer = _digits_trainer(job, _arguments(job), model, processor, stage_collator(processor, stage))
+    trainer = _digits_trainer(job, _arguments(job), model, processor, stage_collators(processor, stage))
     trainer.create_optimizer_and_scheduler(20)
     rates = []
     for _ in range(20):
@@ -172,7 +171,7 @@ def test_schedule_and_decay_are_the_papers(tiny_recipe, tmp_path):
 def test_killed_for_real_and_resumed_from_the_command_line(tiny_recipe, tmp_path):
     tiny_recipe.pretrain = replace(tiny_recipe.pretrain, steps=300, save_every=10)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(_plain(tiny_recipe)))
+    recipe.write_text(yaml.safe_dump(beyond_defaults(tiny_recipe)))
 
     def command(output, *more):
         return [

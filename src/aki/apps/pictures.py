@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -12,16 +13,20 @@ from aki.layout import IMAGE, SequenceLayout, build_layout
 
 
 def example_layout(image_tokens: int = 4) -> tuple[SequenceLayout, list[str]]:
-    """A prompt with one picture and its answer, and a name for every token."""
+    """A prompt with one square picture and its answer, and a name for every token."""
     names = ["user", *["image"] * image_tokens, "how", "many", "are", "red", "?", "assistant", "two", "end"]
     ids = torch.tensor([[IMAGE if name == "image" else 0 for name in names]])
     answer = names.index("assistant") + 1
     blocks = torch.tensor([[0] * answer + [-1] * (len(names) - answer)])
-    return build_layout(ids, {IMAGE: IMAGE}, image_tokens, prompt_block_ids=blocks), names
+    side = isqrt(image_tokens)
+    grids = {IMAGE: (side, side)}
+    return build_layout(ids, {IMAGE: IMAGE}, image_tokens, prompt_block_ids=blocks, grids=grids), names
 
 
 def draw_masks(rules: list[str], path: Path) -> dict[str, tuple[int, int]]:
-    """Draw the masks of rules side by side; returns rule -> (pairs allowed, pairs beyond causal).
+    """Draw the masks of rules, three a line; returns rule -> (pairs allowed, pairs beyond causal).
+
+    Where a rule has rings, the picture is of 3 x 3 tokens, which have two, else of 2 x 2.
 
     Raises:
         ValueError: no such rule, or the path names no picture file.
@@ -35,12 +40,18 @@ def draw_masks(rules: list[str], path: Path) -> dict[str, tuple[int, int]]:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    layout, names = example_layout()
+    layout, names = example_layout(9 if any(get_rule(rule).positions for rule in rules) else 4)
     causal = dense_mask(get_rule("causal"), layout)[0]
-    figure, axes = plt.subplots(1, len(rules), figsize=(5.2 * len(rules), 5.8), layout="constrained", squeeze=False)
+    columns = min(len(rules), 3)
+    lines = -(-len(rules) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(5.2 * columns, 5.2 * lines + 0.6), layout="constrained", squeeze=False
+    )
     colours = ListedColormap(["white", "#c7d3e3", "#2b6cb0", "#e8b4b4"])
-    counts = {}
-    for axis, name in zip(axes[0], rules, strict=True):
+    counts, closes = {}, False
+    for axis in axes.flat[len(rules) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, rules, strict=False):
         mask = dense_mask(get_rule(name), layout)[0]
         shades = torch.where(mask, torch.where(causal, 1, 2), torch.where(causal, 3, 0))
         axis.imshow(shades, cmap=colours, vmin=0, vmax=3)
@@ -54,11 +65,13 @@ def draw_masks(rules: list[str], path: Path) -> dict[str, tuple[int, int]]:
         axis.set_xlabel("is seen")
         axis.set_ylabel("sees")
         counts[name] = (int(mask.sum()), int((mask & ~causal).sum()))
+        closes |= bool((causal & ~mask).any())
     legend = [
         Patch(color="#c7d3e3", label="as in causal attention"),
         Patch(color="#2b6cb0", label="opened by the rule"),
     ]
-    figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
+    legend += [Patch(color="#e8b4b4", label="closed by the rule")] if closes else []
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return counts

@@ -60,7 +60,7 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
     name = rule or _recorded_rule(model, base) or "mma"
     marks = None if processor is None else AnswerMarks.of(processor)
     scopes = scope_token_ids(processor)
-    if name == "mma_scoped":
+    if "mma_scoped" in name.split("+"):
         _check_scopes(base, scopes)
     if get_rule(name).positions is not None:
         raise CannotUnlock(

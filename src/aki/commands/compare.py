@@ -13,28 +13,38 @@ from aki.commands.shared import read_recipe
 
 @dataclass
 class Compare:
-    """Train rules from the same start and compare them. A second call goes on where the first was cut off."""
+    """Train the rows of a recipe from the same starts and compare them. A second call goes on where the first ended."""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
     """A YAML file; every field can be overridden: --sft.steps 100"""
     output: Path
-    """Where models and the report go."""
+    """Where models, the results of finished cells (in cells/) and the report go."""
     rules: tuple[str, ...] = ("causal", "mma")
-    """The attention rules of SFT."""
+    """The attention rules of SFT, a row each, where the recipe has no rows."""
+    rows: tuple[str, ...] = ()
+    """Which of the recipe's rows; all if absent."""
     seeds: int = 1
     """How many, from the recipe's seed on."""
     parallel: int = 2
     """Trainings at a time; they share the cores."""
+    fast: bool = False
+    """A few steps a cell: shows that everything runs, measures nothing."""
 
     def run(self, overrides: list[str]) -> None:
         from aki.evaluation.compare import run_comparison
+        from aki.evaluation.plan import fast, rows_by_rule
         from aki.evaluation.report import three_questions, write_report
 
         recipe = read_recipe(self.recipe, overrides)
-        results = run_comparison(recipe, self.output, self.rules, self.seeds, self.parallel)
-        print("\n" + write_report(results, recipe.stage("sft").steps, self.output))
-        best, picture = self.output / self.rules[-1], self.output / "scene.png"
-        for question, said, truth in three_questions(recipe, best, picture):
-            print(f"{question}  {said}" + ("" if said == truth else f"  (it is {truth})"))
-        print(f"\nThe picture: {picture}. The report: {self.output}/report.md, curves.png. Ask more:")
-        print(f'  aki chat {best} --image {picture} "how many digits are red?"')
+        recipe.rows = recipe.rows or rows_by_rule(self.rules)
+        recipe = fast(recipe) if self.fast else recipe
+        rows = self.rows or tuple(recipe.rows)
+        comparison = run_comparison(recipe, self.output, rows, self.seeds, self.parallel)
+        print("\n" + write_report(comparison, self.output))
+        print(f"The report: {self.output}/report.md")
+        best, picture = self.output / rows[-1], self.output / "scene.png"
+        if (best / "config.json").exists():
+            for question, said, truth in three_questions(recipe, best, picture):
+                print(f"{question}  {said}" + ("" if said == truth else f"  (it is {truth})"))
+            print(f"\nThe picture: {picture}. Ask more:")
+            print(f'  aki chat {best} --image {picture} "how many digits are red?"')

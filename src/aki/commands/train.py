@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -90,7 +91,8 @@ class Train:
             if says:
                 start = start_from or ("trained backbones" if recipe.model.from_backbones else "random weights")
                 print(f"{name}: {stage.steps} steps of {stage.batch_size}, rule {stage.rule}, from {start} to {folder}")
-            result = run_stage(Job(recipe, name, folder, start_from, self.resume, name, self.progress == "json"))
+            report = _print_json if self.progress == "json" else None
+            result = run_stage(Job(recipe, name, folder, start_from, self.resume, name, report))
             if says:
                 scores = [f"  {skill} {value:.3f}" for skill, value in result.get("test", {}).items()]
                 print(*scores, f"  saved in {folder}", sep="\n")
@@ -107,3 +109,7 @@ def _launch(processes: int) -> None:
     from torch.distributed.run import main
 
     main(["--standalone", "--nproc-per-node", str(processes), "-m", "aki", *sys.argv[1:]])
+
+
+def _print_json(news: dict[str, Any]) -> None:
+    print(json.dumps(news), flush=True)

@@ -63,7 +63,7 @@ class FastInputs:
     """`AkiProcessor.apply_chat_template` of one chat of texts and opened pictures, for training.
 
     Args:
-        template: the name of the chat template; None is the default.
+        template: the name of the chat template, or the template itself; None is the default.
 
     Raises:
         NoFastWay: as `FastPixels`.
@@ -73,7 +73,8 @@ class FastInputs:
         self.pixels = FastPixels(processor.image_processor)
         self.processor, self.tokenizer = processor, processor.tokenizer
         templates = processor.chat_template
-        self.template = templates[template or "default"] if isinstance(templates, dict) else templates
+        named = templates if isinstance(templates, dict) else {"default": templates}
+        self.template = named.get(template or "default", template)
 
     def __call__(self, messages: list[dict[str, Any]], raw_pixels: bool = False) -> dict[str, Tensor]:
         """

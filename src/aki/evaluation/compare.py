@@ -1,153 +1,154 @@
-"""Train several rules from the same start, side by side, and report what each learned.
+"""Train the rows of a recipe from the same starts, side by side, and keep what each learned as small JSON files.
 
-One pre-training a seed, then one SFT run a rule from it, with equal steps, data order and starting weights. Each cell
-is a process of its own (`aki train`), so that two run at a time, a kill costs one checkpoint's distance, and a finished
-cell is never trained again.
+Rows of one seed share the pre-training wherever what decides it is the same; steps, data order and starting weights are
+equal then. A cell whose JSON file is there is never trained again, nor is a pre-training from which nothing starts any
+more, so a report is made again from those files alone.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
-import os
-import queue
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from tqdm.auto import tqdm
-
-from aki.attention import get_rule
+from aki.evaluation.cells import run_cells
+from aki.evaluation.plan import SEARCH_SEED, Cell, check, plan
 from aki.training.recipe import Recipe
-from aki.training.stages import RESULT
+from aki.training.stages import RunError, write_json
+
+CELLS = "cells"
+_KEPT = ("test", "validation", "curve", "parameters", "tokens", "flops", "step_seconds", "seconds", "guard_seconds")
+
+Run = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training run of the comparison; `start_from` names the cell whose model it starts from."""
+@dataclass
+class Comparison:
+    """What was measured.
 
-    name: str
-    stage: str
-    rule: str
-    seed: int
-    steps: int
-    start_from: str | None = None
+    Attributes:
+        recipe: with its rows.
+        results: row -> one result a seed, in order of the seeds: what `run_stage` measured, and `seed`, `cell`,
+            `learning_rate`, `pretrain` (the result of the pre-training that it started from).
+        searched: row -> learning rate -> accuracy on the validation questions of the seed kept for that.
+    """
 
-
-class CellError(RuntimeError):
-    """A cell's process failed."""
-
-
-def plan(recipe: Recipe, rules: Sequence[str], seeds: int) -> tuple[list[Cell], list[Cell]]:
-    """The pre-trainings, and the SFT runs that start from them."""
-    first, second = [], []
-    for seed in range(recipe.seed, recipe.seed + seeds):
-        suffix = "" if seed == recipe.seed else f"-seed{seed}"
-        start = Cell(
-            f"pretrain{suffix}", "pretrain", recipe.stage("pretrain").rule, seed, recipe.stage("pretrain").steps
-        )
-        first.append(start)
-        second += [Cell(f"{rule}{suffix}", "sft", rule, seed, recipe.stage("sft").steps, start.name) for rule in rules]
-    return first, second
+    recipe: Recipe
+    results: dict[str, list[Run]]
+    searched: dict[str, dict[float, float]] = field(default_factory=dict)
 
 
-def run_comparison(
-    recipe: Recipe, output: Path, rules: Sequence[str], seeds: int, parallel: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Train what is not trained yet, with progress; returns rule -> one result a seed.
+def run_comparison(recipe: Recipe, output: Path, rows: Sequence[str], seeds: int, parallel: int) -> Comparison:
+    """Train what is not trained yet, with progress.
 
     Args:
+        rows: of the recipe; seeds beyond these that are finished in the folder are reported too.
         parallel: cells at a time; they share the machine's cores.
 
     Raises:
-        ValueError: no such rule, or one twice; no seeds.
+        RecipeError: a row is no recipe, or there is no such row.
+        ValueError: a row twice; no seeds.
         CellError: a cell failed; its log is named.
+        RunError: the folder holds a cell of another recipe.
     """
-    for rule in rules:
-        get_rule(rule)
-    if len(set(rules)) < len(rules) or seeds < 1 or parallel < 1:
-        raise ValueError("a comparison needs different rules, at least one seed, and at least one training at a time.")
-    output.mkdir(parents=True, exist_ok=True)
-    pretrainings, runs = plan(recipe, rules, seeds)
-    total = sum(cell.steps for cell in pretrainings + runs)
-    free_lines: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for line in range(1, parallel + 1):
-        free_lines.put(line)
-    futures: dict[str, Future[None]] = {}
-
-    def run(cell: Cell, rivals: int) -> None:
-        if cell.start_from:
-            futures[cell.start_from].result()
-        line = free_lines.get()
-        threads = max(1, (os.cpu_count() or 1) // min(parallel, rivals))
-        try:
-            _run_cell(recipe, output, cell, threads, line, bar)
-        finally:
-            free_lines.put(line)
-
-    with (
-        tqdm(total=total, desc="all", unit="step", position=0, dynamic_ncols=True) as bar,
-        ThreadPoolExecutor(parallel) as pool,
-    ):
-        try:
-            # What others start from is queued first, so that nobody waits for a cell that has no worker.
-            for cells in (pretrainings, runs):
-                futures |= {cell.name: pool.submit(run, cell, len(cells)) for cell in cells}
-            for future in futures.values():
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return {rule: [_read(output, cell) for cell in runs if cell.rule == rule] for rule in rules}
+    if len(set(rows)) < len(rows) or seeds < 1 or parallel < 1:
+        raise ValueError("a comparison needs different rows, at least one seed, and at least one training at a time.")
+    check(recipe)
+    (output / CELLS).mkdir(parents=True, exist_ok=True)
+    _train_missing(_search_cells(recipe, rows), output, parallel)
+    rates = _best(_searched(recipe, output, rows))
+    _train_missing(plan(recipe, rows, range(recipe.seed, recipe.seed + seeds), rates), output, parallel)
+    return load_comparison(recipe, output, rows)
 
 
-def _run_cell(recipe: Recipe, output: Path, cell: Cell, threads: int, line: int, bar: tqdm) -> None:
-    folder = output / cell.name
-    folder.mkdir(exist_ok=True)
-    of_cell = copy.deepcopy(recipe)
-    of_cell.seed, of_cell.stage(cell.stage).rule = cell.seed, cell.rule
-    recipe_file = folder / "recipe.yaml"
-    recipe_file.write_text(yaml.safe_dump(_plain(of_cell), sort_keys=False))
-    command = [sys.executable, "-m", "aki", "train", str(recipe_file), "--stage", cell.stage, "--output", str(folder)]
-    command += ["--resume", "--progress", "json"]
-    if cell.start_from:
-        command += ["--start-from", str(output / cell.start_from)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    errors = folder / "errors.txt"
-    done = 0
-    with (
-        errors.open("w") as error_file,
-        tqdm(total=cell.steps, desc=cell.name, unit="step", position=line, leave=False, dynamic_ncols=True) as own,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error_file, text=True, env=environment) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            for text in process.stdout:
-                if not text.startswith("{"):
-                    continue
-                news = json.loads(text)
-                own.update(news["step"] - done)
-                own.set_postfix({name: value for name, value in news.items() if name not in ("step", "of")})
-                bar.update(news["step"] - done)
-                done = news["step"]
-        except BaseException:
-            process.terminate()
-            raise
-    bar.update(cell.steps - done)
-    if process.returncode:
-        said = errors.read_text().strip().splitlines() or [f"exit code {process.returncode}"]
-        raise CellError(f"the cell {cell.name} failed: {said[-1]} (all of it: {errors})")
+def load_comparison(recipe: Recipe, output: Path, rows: Sequence[str]) -> Comparison:
+    """Everything of these rows that is finished in the folder, any number of seeds; trains nothing."""
+    searched = _searched(recipe, output, rows)
+    rates = _best(searched)
+    kept = [_content(file) for file in sorted((output / CELLS).glob("*.json"))]
+    results: dict[str, list[Run]] = {}
+    for row in rows:
+        seeds = {one["seed"] for one in kept if one["row"] == row and one["stage"] == "sft"} - {_search_seed(recipe)}
+        cells = {cell.name: cell for cell in plan(recipe, [row], sorted(seeds), rates)}
+        results[row] = [
+            (_read(output, cell) or {}) | {"pretrain": _read(output, cells[cell.start_from])}
+            for cell in cells.values()
+            if cell.start_from is not None
+        ]
+    return Comparison(recipe, results, searched)
 
 
-def _read(output: Path, cell: Cell) -> dict[str, Any]:
-    return json.loads((output / cell.name / RESULT).read_text()) | {"seed": cell.seed, "cell": cell.name}
+def _search_seed(recipe: Recipe) -> int:
+    return recipe.seed + SEARCH_SEED
 
 
-def _plain(recipe: Recipe) -> Any:
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+def _search_cells(recipe: Recipe, rows: Sequence[str]) -> list[Cell]:
+    """Each row at each learning rate, where the recipe names some."""
+    cells = [
+        cell
+        for rate in recipe.learning_rates
+        for cell in plan(recipe, rows, [_search_seed(recipe)], dict.fromkeys(rows, rate), f"-lr{rate:g}")
+    ]
+    return list({cell.name: cell for cell in cells}.values())
+
+
+def _searched(recipe: Recipe, output: Path, rows: Sequence[str]) -> dict[str, dict[float, float]]:
+    """Row -> learning rate -> validation accuracy."""
+    found: dict[str, dict[float, float]] = {}
+    for cell in _search_cells(recipe, rows):
+        run = _read(output, cell)
+        if cell.stage == "sft" and run is not None:
+            found.setdefault(cell.row, {})[run["learning_rate"]] = run["validation"]["accuracy"]
+    return found
+
+
+def _best(searched: dict[str, dict[float, float]]) -> dict[str, float]:
+    return {row: max(by_rate, key=lambda rate: by_rate[rate]) for row, by_rate in searched.items()}
+
+
+def _train_missing(cells: Sequence[Cell], output: Path, parallel: int) -> None:
+    missing = [cell for cell in cells if cell.stage == "sft" and _read(output, cell) is None]
+    starts = {cell.start_from for cell in missing}
+    # A pre-training's model may be gone although its result is kept.
+    needed = [
+        cell
+        for cell in cells
+        if cell.name in starts and not ((output / cell.name / "config.json").exists() and _read(output, cell))
+    ]
+
+    def keep(cell: Cell, result: Run) -> None:
+        stage = cell.recipe.stage(cell.stage)
+        about = {"row": cell.row, "stage": cell.stage, "seed": cell.recipe.seed, "fingerprint": cell.fingerprint}
+        about |= {"start_from": cell.start_from, "learning_rate": stage.learning_rate, "steps": stage.steps}
+        write_json(_file(output, cell), about | {name: result[name] for name in _KEPT if name in result})
+
+    # Seed by seed, because rows of one seed are shown the same batches, which a process makes once.
+    in_order = sorted(needed + missing, key=lambda cell: (cell.stage == "sft", cell.recipe.seed))
+    run_cells(in_order, output, parallel, keep)
+
+
+def _file(output: Path, cell: Cell) -> Path:
+    return output / CELLS / f"{cell.name}.json"
+
+
+def _content(file: Path) -> Run:
+    return json.loads(file.read_text()) | {"cell": file.stem}
+
+
+def _read(output: Path, cell: Cell) -> Run | None:
+    """What was kept of a cell; None if it is not finished.
+
+    Raises:
+        RunError: what was kept is of another recipe.
+    """
+    file = _file(output, cell)
+    if not file.exists():
+        return None
+    content = _content(file)
+    if content["fingerprint"] != cell.fingerprint:
+        raise RunError(
+            f"{file} was trained by another recipe: choose another --output, or delete it (and {output / cell.name})."
+        )
+    return content

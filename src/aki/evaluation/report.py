@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t
+
 from aki.data.digits import SEARCHING_SKILLS, SKILLS
+from aki.evaluation.compare import Comparison
+from aki.evaluation.plan import row_recipe
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.training.recipe import Recipe
 from aki.training.stages import questions
 
 Results = dict[str, list[dict[str, Any]]]
+"""Row -> what was measured, one a seed."""
+
+_EQUAL_COMPUTE = 0.02
 
 
 def table(results: Results) -> str:
@@ -23,41 +31,187 @@ def table(results: Results) -> str:
     ]
     for rule, runs in results.items():
         lines.append(f"| {rule} | " + " | ".join(f"{_mean(runs, name):.1f}" for name in columns) + " |")
-    for rule, runs in results.items():
-        if rule != "causal" and "causal" in results:
-            gains = [_mean(runs, name) - _mean(results["causal"], name) for name in columns]
+    for rule in results:
+        if rule != "causal" and paired(results, rule):
+            gains = [statistics.mean(paired(results, rule, name)) for name in columns]
             lines.append(f"| {rule} - causal | " + " | ".join(f"{gain:+.1f}" for gain in gains) + " |")
     return "\n".join(lines)
 
 
-def write_report(results: Results, steps: int, folder: Path) -> str:
-    """Write `report.md`, and `curves.png` where there are any, to the folder; returns the report's text."""
-    seeds = len(next(iter(results.values())))
-    parts = [f"Held-out accuracy in percent after {steps} SFT steps, mean of {seeds} seed(s)", table(results)]
-    if seeds > 1:
-        parts.append(seeds_table(results))
-    has_curves = all(run["curve"] for runs in results.values() for run in runs)
-    for rule in results:
-        if has_curves and rule != "causal" and "causal" in results:
-            step, last = steps_to_reach(results, rule)
-            reached = f"at step {step} of {last}" if step else f"later than the {last} steps of this run"
-            parts.append(f"On the learning curve {rule} reaches causal's final accuracy {reached}.")
-    report = "\n\n".join(parts) + "\n"
+def write_report(comparison: Comparison, folder: Path) -> str:
+    """Write `report.md`, `report.png`, and `curves.png` where there are learning curves; returns the report's text."""
+    report = "\n\n".join(report_parts(comparison)) + "\n"
     (folder / "report.md").write_text(report)
-    if has_curves:
-        draw_curves(results, folder / "curves.png")
+    draw_report(comparison.results, titles_of(comparison.recipe), folder / "report.png")
+    if _has_curves(comparison.results):
+        draw_curves(comparison.results, folder / "curves.png")
     return report
+
+
+def report_parts(comparison: Comparison) -> list[str]:
+    """The paragraphs and tables of a report."""
+    results, titles = comparison.results, titles_of(comparison.recipe)
+    parts = [
+        "Held-out accuracy in percent: mean over seeds ± 95 % interval (t), and the difference to causal on the same "
+        "seeds.",
+        summary_table(results, titles),
+        *remarks(comparison),
+        "By skill (mean over seeds; searching is the mean of "
+        + " and ".join(SEARCHING_SKILLS).replace("_", " ")
+        + "):",
+        table(results),
+    ]
+    if max(map(len, results.values())) > 1:
+        parts += ["Every seed:", seeds_table(results)]
+    if comparison.searched:
+        parts += ["SFT's learning rates, tried on a seed of their own (accuracy on the validation questions):"]
+        parts += [rates_table(comparison.searched)]
+    for row in results:
+        if _has_curves(results) and row != "causal" and "causal" in results:
+            step, last = steps_to_reach(results, row)
+            reached = f"at step {step} of {last}" if step else f"later than the {last} steps of this run"
+            parts.append(f"On the learning curve {row} reaches causal's final accuracy {reached}.")
+    return parts
+
+
+def _has_curves(results: Results) -> bool:
+    return all(run["curve"] for runs in results.values() for run in runs)
+
+
+def titles_of(recipe: Recipe) -> dict[str, str]:
+    return {name: row.get("title", name) for name, row in recipe.rows.items()}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """(mean, half the width of its 95 % interval by Student's t); None for a single value, which tells no spread."""
+    if len(values) < 2:
+        return statistics.mean(values), None
+    quantile = float(t.ppf(0.975, len(values) - 1))
+    return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def paired(results: Results, row: str, name: str = "accuracy", base: str = "causal") -> list[float]:
+    """Differences in points to another row, one for each seed that both have."""
+    others = {run["seed"]: run for run in results.get(base, [])}
+    return [_score(run, name) - _score(others[run["seed"]], name) for run in results[row] if run["seed"] in others]
+
+
+def summary_table(results: Results, titles: dict[str, str]) -> str:
+    """A row a row: accuracy and its difference to causal with intervals, and what it cost, both stages together."""
+    lines = [
+        "| row | seeds | accuracy | difference to causal | parameters | tokens, M | FLOPs, T | time a step / causal |",
+        "| --- |" + " ---: |" * 7,
+    ]
+    for row, runs in results.items():
+        difference = paired(results, row) if row != "causal" else []
+        ratios = step_ratios(results, row)
+        cells = [
+            titles[row],
+            str(len(runs)),
+            _with_interval([_score(run, "accuracy") for run in runs], ".1f"),
+            _with_interval(difference, "+.1f") if difference else "",
+            f"{runs[0]['parameters']:,}",
+            f"{_cost(runs, 'tokens') / 1e6:.2f}",
+            f"{_cost(runs, 'flops') / 1e12:.1f}",
+            f"{statistics.median(ratios):.2f}" if ratios else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def step_ratios(results: Results, row: str) -> list[float]:
+    """Median seconds of an SFT step relative to causal's of the same seed."""
+    others = {run["seed"]: run["step_seconds"] for run in results.get("causal", [])}
+    return [
+        run["step_seconds"] / others[run["seed"]]
+        for run in results[row]
+        if run["step_seconds"] and others.get(run["seed"])
+    ]
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What a reader must know to compare the rows fairly."""
+    results, titles = comparison.results, titles_of(comparison.recipe)
+    found = []
+    if "causal" in results:
+        base = _cost(results["causal"], "flops")
+        more = {row: _cost(runs, "flops") / base for row, runs in results.items()}
+        named = [f"{titles[row]} {ratio:.2f} times" for row, ratio in more.items() if abs(ratio - 1) > _EQUAL_COMPUTE]
+        found.append(
+            "Compute: "
+            + (f"{', '.join(named)} causal's FLOPs; all others had as many as causal." if named else "equal for all.")
+            + " (6 x parameters without embeddings x tokens, as transformers counts them, both stages.)"
+        )
+    recipes = {row: row_recipe(comparison.recipe, comparison.recipe.rows[row], 0) for row in results}
+    blind = [titles[row] for row, recipe in recipes.items() if recipe.stage("pretrain").order == "text_first"]
+    if blind:
+        found.append(
+            f"In {', '.join(blind)} pre-training has no label after the picture, so its encoder and connector get no "
+            "gradient there: they first learn in SFT."
+        )
+    turned = [titles[row] for row, recipe in recipes.items() if recipe.stage("sft").order == "text_first"]
+    both = [titles[row] for row, recipe in recipes.items() if recipe.stage("sft").order == "both"]
+    if turned or both:
+        found.append(
+            "Asked with the image first, except "
+            + (f"{', '.join(turned)}, trained and asked with the text first." if turned else "none.")
+            + (f" Trained in both orders: {', '.join(both)}." if both else "")
+        )
+    return found
+
+
+def rates_table(searched: dict[str, dict[float, float]]) -> str:
+    """Row by learning rate; the one that was taken is bold."""
+    rates = sorted({rate for by_rate in searched.values() for rate in by_rate})
+    lines = ["| row | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " ---: |" * len(rates)]
+    for row, by_rate in searched.items():
+        best = max(by_rate, key=lambda rate: by_rate[rate])
+        cells = [f"**{100 * by_rate[r]:.1f}**" if r == best else f"{100 * by_rate[r]:.1f}" for r in rates]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw_report(results: Results, titles: dict[str, str], path: Path) -> None:
+    """Accuracy (left) and its difference to causal on the same seeds (right): mean, 95 % interval, a dot a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = list(results)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10, 1.2 + 0.42 * len(rows)), sharey=True, layout="constrained", width_ratios=(1, 1)
+    )
+    for place, row in enumerate(rows):
+        values = [_score(run, "accuracy") for run in results[row]]
+        panels = ((axes[0], values), (axes[1], paired(results, row) if row != "causal" else []))
+        for axis, numbers in panels:
+            if numbers:
+                mean, half = interval(numbers)
+                colour = "tab:gray" if row == "causal" else "tab:blue"
+                axis.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=4, markersize=7)
+                axis.plot(numbers, [place + 0.22] * len(numbers), ".", color=colour, alpha=0.45)
+    axes[0].set_yticks(range(len(rows)), [titles[row] for row in rows])
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("held-out accuracy, %")
+    axes[1].axvline(0, color="tab:gray", linewidth=1)
+    axes[1].set_xlabel("difference to causal on the same seeds, points")
+    for axis in axes:
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def seeds_table(results: Results) -> str:
     """Overall and searching accuracy of every seed."""
-    seeds = [run["seed"] for run in next(iter(results.values()))]
+    seeds = sorted({run["seed"] for runs in results.values() for run in runs})
     lines = [
         "| rule | " + " | ".join(f"seed {seed}: all / searching" for seed in seeds) + " |",
         "| --- |" + " ---: |" * len(seeds),
     ]
     for rule, runs in results.items():
-        cells = [f"{_score(run, 'accuracy'):.1f} / {_score(run, 'searching'):.1f}" for run in runs]
+        said = {run["seed"]: f"{_score(run, 'accuracy'):.1f} / {_score(run, 'searching'):.1f}" for run in runs}
+        cells = [said.get(seed, "") for seed in seeds]
         lines.append(f"| {rule} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -137,3 +291,13 @@ def _score(run: dict[str, Any], name: str) -> float:
 
 def _mean(runs: list[dict[str, Any]], name: str) -> float:
     return statistics.mean(_score(run, name) for run in runs)
+
+
+def _cost(runs: list[dict[str, Any]], name: str) -> float:
+    """Tokens or FLOPs of pre-training and SFT, mean over seeds."""
+    return statistics.mean(run[name] + run["pretrain"][name] for run in runs)
+
+
+def _with_interval(values: Sequence[float], form: str) -> str:
+    mean, half = interval(values)
+    return f"{mean:{form}}" + (f" ± {half:.1f}" if half is not None else "")

@@ -8,11 +8,21 @@ SYSTEM_MESSAGE = (
     "and polite answers to the user's questions."
 )
 
+_PARTS, _MESSAGES = "for part in message.content", "for message in messages"
+_TEXT_FIRST_PARTS = (
+    "for part in (message.content | rejectattr('type', 'in', media) | list)"
+    " + (message.content | selectattr('type', 'in', media) | list)"
+)
+_ANSWERS_FIRST = (
+    "for message in (messages | selectattr('role', 'equalto', 'assistant') | list)"
+    " + (messages | rejectattr('role', 'equalto', 'assistant') | list)"
+)
+
 _CONTENT = (
     "{%- set media = ('image', 'video', 'audio') -%}"
     "{%- macro content(message) -%}"
     "{%- if message.content is string -%}{{ message.content }}"
-    "{%- else -%}{%- for part in message.content -%}"
+    "{%- else -%}{%- " + _PARTS + " -%}"
     "{%- if not loop.first and (part.type in media or loop.previtem.type in media) -%}{{ separator }}{%- endif -%}"
     "{%- if part.type in media -%}<{{ part.type }}>{%- else -%}{{ part.text }}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
@@ -65,3 +75,16 @@ CAPTION = (
     "{%- endif -%}{%- endfor -%}"
 )
 """Pre-training (paper, section 3): BOS `<image>{caption, stripped}<|endofchunk|>` EOS, all of the text is a label."""
+
+
+def text_first(template: str) -> str:
+    """The template with the text of each message before its media; a caption comes before its picture.
+
+    Raises:
+        ValueError: the template is none of these, so that nobody can say where its media are.
+    """
+    if _PARTS not in template:
+        raise ValueError("only AKI's own chat templates can put text first: write a template that does.")
+    template = template.replace(_PARTS, _TEXT_FIRST_PARTS)
+    # A caption is the whole of what is said, and has no question that must come before it.
+    return template if ANSWER_TOKEN in template else template.replace(_MESSAGES, _ANSWERS_FIRST)

@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 from aki.data.collate import ChatCollator
 from aki.data.feed import Feed, Loader, Position
 from aki.data.mixture import Mixture, mixture_weights
+from aki.data.orders import ORDERS, template_in_order
 from aki.data.report import DataReport
 from aki.data.shards import ShardMixture, open_shards
 from aki.data.sources import open_source
@@ -67,10 +68,13 @@ def _below(root: str, path: str) -> str:
     return path if urlparse(path).scheme else str(Path(root) / path)
 
 
-def stage_collator(processor: AkiProcessor, stage: StageRecipe) -> ChatCollator:
-    """What makes model inputs of the stage's samples."""
-    template = "caption" if stage.task == "caption" else None
-    return ChatCollator(processor, stage.max_length, template)
+def stage_collators(processor: AkiProcessor, stage: StageRecipe) -> list[ChatCollator]:
+    """What makes model inputs of the stage's samples, for each order that it trains in; by the first it is measured."""
+    name = "caption" if stage.task == "caption" else None
+    return [
+        ChatCollator(processor, stage.max_length, template_in_order(processor, name, order))
+        for order in ORDERS[stage.order]
+    ]
 
 
 def stage_loader(

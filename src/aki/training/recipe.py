@@ -15,6 +15,7 @@ import yaml
 
 from aki.attention import BACKENDS, get_rule
 from aki.data.augment import Augment
+from aki.data.orders import ORDERS
 
 PARTS = ("vision_encoder", "connector", "language_model")
 STAGES = ("pretrain", "sft")
@@ -105,7 +106,8 @@ class StageRecipe:
 
     Attributes:
         task: `caption` (all of the text is learned) or `question` (the answer is learned).
-        rule: the attention rule, a name in `aki.attention.RULES`.
+        rule: the attention rule, a name in `aki.attention.RULES`, or several joined by `+`.
+        order: `image_first`, `text_first`, or `both`: each sample in both orders, in one step.
         steps, batch_size: optimizer steps, samples a step on each device.
         learning_rate, min_learning_rate, warmup_steps: a cosine from one to the other after a linear warm-up.
         adam_beta2: AdamW's second decay; short runs want it lower.
@@ -126,6 +128,7 @@ class StageRecipe:
     min_learning_rate: float
     warmup_steps: int
     weight_decay: float
+    order: str = "image_first"
     adam_beta2: float = 0.999
     clip: float = 1.0
     gradient_accumulation_steps: int = 1
@@ -146,6 +149,7 @@ class StageRecipe:
         _one_of("mixture", self.mixture, MIXTURES)
         self._check_data()
         _one_of("task", self.task, ("caption", "question"))
+        _one_of("order", self.order, tuple(ORDERS))
         for part in self.frozen:
             _one_of("frozen", part, PARTS)
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_length", "row_tokens"):
@@ -160,6 +164,8 @@ class StageRecipe:
             raise RecipeError("frozen names every part: there is nothing left to train.")
 
     def _check_data(self) -> None:
+        if self.order == "both" and (self.packing or self.sources or self.shards):
+            raise RecipeError("order: both is for batches of DigitScenes, not for sources, shards or packed rows.")
         if self.sources and self.shards:
             raise RecipeError("a stage reads either sources or shards: give the others a stage of their own.")
         if self.shards and self.mixture == "proportional":
@@ -189,6 +195,9 @@ class Recipe:
         cache: a folder for parsed annotations; that of the `datasets` library if absent.
         feature_cache: a folder for the features of a frozen vision encoder, for pictures that repeat over epochs.
         report_to: the Trainer's integrations: none, tensorboard, trackio, wandb, ...
+        rows: what `aki compare` compares: name -> what differs from this recipe, nested as it is here, and perhaps a
+            `title`.
+        learning_rates: of SFT, which `aki compare` tries for each row first; empty keeps the recipe's.
     """
 
     name: str
@@ -207,6 +216,8 @@ class Recipe:
     cache: str | None = None
     feature_cache: str | None = None
     report_to: tuple[str, ...] = field(default=("none",))
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("attention", self.attention, (*BACKENDS, "sdpa", "eager"))
@@ -273,6 +284,18 @@ def load_recipe(path: str | Path) -> Recipe:
         return build(Recipe, values, "")
     except (RecipeError, ValueError) as error:
         raise RecipeError(f"{path}: {error}") from error
+
+
+def beyond_defaults(value: Any) -> Any:
+    """A dataclass as plain values for JSON or YAML, without the fields that are as they are by default."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        defaults = {f.name: f.default for f in dataclasses.fields(value)}
+        defaults |= {f.name: f.default_factory() for f in dataclasses.fields(value) if callable(f.default_factory)}
+        held = {name: getattr(value, name) for name in defaults}
+        return {name: beyond_defaults(one) for name, one in held.items() if one != defaults[name]}
+    if isinstance(value, dict):
+        return {name: beyond_defaults(one) for name, one in value.items()}
+    return [beyond_defaults(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def build(kind: Any, value: Any, where: str) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aki.data.collate import ChatCollator
+from aki.data.memory import Batches, Memory
 from aki.layout import IGNORE_INDEX
 from aki.models import AkiForConditionalGeneration
 
@@ -27,17 +28,27 @@ def answered_right(model: AkiForConditionalGeneration, batch: dict[str, Tensor])
 
 
 def accuracy_by_skill(
-    model: AkiForConditionalGeneration, collator: ChatCollator, dataset: Dataset, batch_size: int = 300
+    model: AkiForConditionalGeneration,
+    collator: ChatCollator,
+    dataset: Dataset,
+    batch_size: int = 300,
+    name: str = "",
+    memory: Memory | None = None,
 ) -> dict[str, float]:
-    """The share answered right of each skill, and of all (`accuracy`), 0 to 1."""
+    """The share answered right of each skill, and of all (`accuracy`), 0 to 1.
+
+    Args:
+        name, memory: see `Batches`.
+    """
     was_training = model.training
     model.eval()
     right: dict[str, list[bool]] = defaultdict(list)
     size = len(dataset)  # type: ignore[arg-type]
+    batches = Batches(dataset, lambda samples: ([s.skill for s in samples], collator(samples)), name, memory)
     for start in range(0, size, batch_size):
-        samples = [dataset[i] for i in range(start, min(start + batch_size, size))]
-        for sample, ok in zip(samples, answered_right(model, collator(samples)).tolist(), strict=True):
-            right[sample.skill].append(ok)
+        skills, batch = batches(range(start, min(start + batch_size, size)))
+        for skill, ok in zip(skills, answered_right(model, batch).tolist(), strict=True):
+            right[skill].append(ok)
     model.train(was_training)
     answers = [ok for of_skill in right.values() for ok in of_skill]
     return {"accuracy": sum(answers) / len(answers)} | {skill: sum(oks) / len(oks) for skill, oks in right.items()}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from transformers import TrainingArguments, set_seed
 
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
+from aki.data.memory import Batches, Memory
+from aki.data.orders import InEachOrder
 from aki.data.packing import PackedCollator, PackedRows
 from aki.data.report import TooManyBadSamples
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
-from aki.training.data import REPORT, load_position, open_samples, stage_collator, stage_loader, texts
+from aki.training.data import REPORT, load_position, open_samples, stage_collators, stage_loader, texts
 from aki.training.model import build_model
-from aki.training.recipe import Recipe
+from aki.training.recipe import Recipe, beyond_defaults
 from aki.training.scoring import accuracy_by_skill
 from aki.training.trainer import AkiTrainer, Progress, has_whole_checkpoint, last_whole_checkpoint, replace_progress
 from aki.training.view import training_scenes
@@ -44,7 +47,8 @@ class Job:
         output: the folder that the model goes to; checkpoints and logs lie in `output/training`.
         start_from: a folder with the model to start from; None starts from random weights.
         title: what the progress bar is called.
-        machine: progress for a parent process instead of a person.
+        report: progress for a program instead of a person, see `Progress`.
+        memory: of batches that other runs of this process were shown; needs `workers: 0`.
     """
 
     recipe: Recipe
@@ -53,7 +57,8 @@ class Job:
     start_from: Path | None = None
     resume: bool = False
     title: str = ""
-    machine: bool = False
+    report: Callable[[dict[str, Any]], None] | None = None
+    memory: Memory | None = None
 
 
 def run_stage(job: Job) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def run_stage(job: Job) -> dict[str, Any]:
         TooManyBadSamples: of the data.
         LeakError: the stage's rule does not fit its data.
     """
-    fingerprint = {"stage": job.stage, "recipe": _relevant(job.recipe, job.stage)}
+    fingerprint = {"stage": job.stage, "recipe": relevant(job.recipe, job.stage)}
     finished = _finished(job, fingerprint)
     if finished is not None:
         return finished
@@ -85,17 +90,17 @@ def run_stage(job: Job) -> dict[str, Any]:
     model.set_attn_implementation({"text_config": recipe.attention})
     for part in stage.frozen:
         getattr(model, part).requires_grad_(False)
-    collator = stage_collator(processor, stage)
-    loader = None
+    collators = stage_collators(processor, stage)
+    collator, loader = collators[0], None
     if samples is None:
-        trainer = _digits_trainer(job, arguments, model, processor, collator)
+        trainer = _digits_trainer(job, arguments, model, processor, collators)
     else:
         loader = stage_loader(samples, collator, recipe, stage, rank, ranks, position, torch.cuda.is_available())
         if "vision_encoder" in stage.frozen:
             pictured = samples.peek(8, lambda sample: collator.encode(sample)[0].get("pixel_values"))
             _settle_encoder(model, torch.cat([one for one in pictured if one is not None]), recipe, arguments.device)
         trainer = AkiTrainer(model, arguments, data_collator=collator, loader=loader)
-    replace_progress(trainer, Progress(job.title or job.stage, _training(job) / "log.txt", job.machine))
+    replace_progress(trainer, Progress(job.title or job.stage, _training(job) / "log.txt", job.report))
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -109,10 +114,16 @@ def run_stage(job: Job) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": time.perf_counter() - started,
         "guard_seconds": trainer.guard_seconds,
+        "step_seconds": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "flops": trainer.state.total_flos,
     }
     if samples is None and stage.task == "question":
-        test = questions(recipe, processor, "test", recipe.data.test_size, TEST_SEED)
-        result["test"] = accuracy_by_skill(model, collator, test)
+        for name, size, seed in (("validation", recipe.data.eval_size, 0), ("test", recipe.data.test_size, TEST_SEED)):
+            result[name] = _score(job, model, collator, questions(recipe, processor, "test", size, seed))
+    if stage.task == "question" and stage.order == "text_first":
+        # Whoever asks this model asks as it was trained.
+        processor.chat_template["default"] = collator.template
     _save(job, trainer, processor, result)
     return result
 
@@ -184,6 +195,7 @@ def _arguments(job: Job) -> TrainingArguments:
         # Batches are cut by rows where one process reads for all, and a row may have any number of pictures.
         accelerator_config={"dispatch_batches": False},
         disable_tqdm=True,
+        include_num_input_tokens_seen="non_padding",
         label_names=["labels"],
     )
 
@@ -193,22 +205,39 @@ def _digits_trainer(
     arguments: TrainingArguments,
     model: AkiForConditionalGeneration,
     processor: AkiProcessor,
-    collator: ChatCollator,
+    collators: list[ChatCollator],
 ) -> AkiTrainer:
-    recipe, stage = job.recipe, job.recipe.stage(job.stage)
+    recipe, stage, collator = job.recipe, job.recipe.stage(job.stage), collators[0]
+    padding = processor.tokenizer.pad_token_id
     train = training_scenes(recipe, stage, processor)
     if "vision_encoder" in stage.frozen:
         pixel_values = collator([train[i] for i in range(min(8, len(train)))])["pixel_values"]
         _settle_encoder(model, pixel_values, recipe, arguments.device)
     held_out = questions(recipe, processor, "test", recipe.data.eval_size, seed=0)
+    shown = Batches(train, InEachOrder(collators, padding), _name(train, collators), job.memory)
     return AkiTrainer(
         model,
         arguments,
-        data_collator=PackedCollator(processor.tokenizer.pad_token_id) if stage.packing else collator,
-        train_dataset=PackedRows(train, collator, stage.row_tokens, recipe.seed) if stage.packing else train,
+        data_collator=PackedCollator(padding) if stage.packing else shown,
+        train_dataset=PackedRows(train, collator, stage.row_tokens, recipe.seed)
+        if stage.packing
+        else range(len(train)),
         eval_dataset=held_out,
-        score=lambda current: accuracy_by_skill(current, collator, held_out),
+        score=lambda current: _score(job, current, collator, held_out),
     )
+
+
+def _score(
+    job: Job, model: AkiForConditionalGeneration, collator: ChatCollator, dataset: DigitScenes
+) -> dict[str, float]:
+    return accuracy_by_skill(model, collator, dataset, name=_name(dataset, [collator]), memory=job.memory)
+
+
+def _name(scenes: DigitScenes, collators: list[ChatCollator]) -> str:
+    """Everything that a batch of these scenes depends on."""
+    what = (scenes.split, scenes.task, scenes.seed, scenes.image_size, scenes.grid, scenes.skills)
+    how = [(collator.template, collator.max_length, collator.processor.image_seq_length) for collator in collators]
+    return repr((what, how))
 
 
 def _settle_encoder(
@@ -235,13 +264,13 @@ def _training(job: Job) -> Path:
     return job.output / "training"
 
 
-def _relevant(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """What of the recipe decides this stage's result."""
-    values = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    for name in ("report_to", "workers", "name", "cache", "root"):
-        values.pop(name)
+def relevant(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """What of the recipe decides this stage's result: all that is not as it is by default."""
+    values = beyond_defaults(recipe)
+    for name in ("report_to", "workers", "name", "cache", "root", "rows", "learning_rates"):
+        values.pop(name, None)
     if stage == "pretrain":
-        values.pop("sft")
+        values.pop("sft", None)
     return values
 
 

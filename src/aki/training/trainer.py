@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -45,6 +44,7 @@ class AkiTrainer(Trainer):
         super().__init__(*args, **kwargs, **({} if loader is None else {"train_dataset": loader.feed}))
         self.score, self.loader = score, loader
         self.guard_seconds = 0.0
+        self.step_seconds: list[float] = []
 
     def get_train_dataloader(self) -> Any:
         return super().get_train_dataloader() if self.loader is None else self.loader
@@ -89,6 +89,12 @@ class AkiTrainer(Trainer):
         if "labels" in inputs and self.args.n_gpu <= 1:
             inputs = {**inputs, "logits_to_keep": supervised_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        started = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self.step_seconds.append(time.perf_counter() - started)
+        return loss
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As the Trainer's, without the language model's input embeddings (paper, section 4)."""
@@ -158,21 +164,21 @@ def last_whole_checkpoint(folder: Path, clear: bool = True) -> str | None:
 
 
 class Progress(TrainerCallback):
-    """A bar on a terminal, a line a log in `log.txt`, and, for a parent process, a JSON line on stdout.
+    """A bar on a terminal or news for a program, and a line a log in `log.txt`.
 
     Args:
         title: what the bar is called.
         log: the file that lines are appended to.
-        machine: print JSON lines instead of a bar.
+        report: called with {"step", "of", "loss", ...} at each log; None shows a bar instead.
     """
 
-    def __init__(self, title: str, log: Path, machine: bool = False):
-        self.title, self.log, self.machine = title, log, machine
+    def __init__(self, title: str, log: Path, report: Callable[[dict[str, Any]], None] | None = None):
+        self.title, self.log, self.report = title, log, report
         self.bar: tqdm | None = None
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and not self.machine:
+        if state.is_world_process_zero and self.report is None:
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", dynamic_ncols=True
             )
@@ -197,8 +203,8 @@ class Progress(TrainerCallback):
             )
         if self.bar is not None:
             self.bar.set_postfix(self.shown)
-        if self.machine:
-            print(json.dumps({"step": state.global_step, "of": state.max_steps, **self.shown}), flush=True)
+        if self.report is not None:
+            self.report({"step": state.global_step, "of": state.max_steps, **self.shown})
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:

@@ -14,7 +14,7 @@ from aki.data.mixture import Mixture
 from aki.data.schema import Sample
 from aki.data.shards import ShardMixture, ShardSet
 from aki.models import AkiProcessor
-from aki.training.data import open_samples, stage_collator, texts
+from aki.training.data import open_samples, stage_collators, texts
 from aki.training.model import build_processor
 from aki.training.recipe import Recipe, RecipeError, StageRecipe
 
@@ -63,7 +63,7 @@ def stage_view(recipe: Recipe, name: str) -> StageView:
             f"{recipe.start_from} holds no processor: run the stage before it first, or name another folder with "
             "--start-from, or look with --tiny, which needs none."
         )
-    collator = stage_collator(processor, stage)
+    collator = stage_collators(processor, stage)[0]
     if samples is None:
         scenes = training_scenes(recipe, stage, processor)
         return StageView(processor, collator, [("digits", scenes)], scenes)

@@ -1,0 +1,50 @@
+"""Orders of image and text: a property of the prompt's template (paper, section 5, dual-order training)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from aki.data.schema import Sample
+from aki.layout import IGNORE_INDEX
+from aki.models.processing import AkiProcessor
+from aki.models.templates import text_first
+
+ORDERS = {"image_first": ("image_first",), "text_first": ("text_first",), "both": ("image_first", "text_first")}
+"""A stage's order -> the orders in which each sample is trained. `image_first` is the order in which data comes."""
+
+
+def template_in_order(processor: AkiProcessor, name: str | None, order: str) -> str | None:
+    """One of the processor's chat templates in an order: its name as it is (None is the default), or the template."""
+    if order == "image_first":
+        return name
+    templates = processor.chat_template
+    return text_first(templates[name or "default"] if isinstance(templates, dict) else templates)
+
+
+@dataclass
+class InEachOrder:
+    """Batches with every sample once in each order: all in the first, then all in the second.
+
+    Attributes:
+        collators: one an order.
+        pad_token_id: shorter orders are padded on the right.
+    """
+
+    collators: Sequence[Callable[[Sequence[Sample]], dict[str, Tensor]]]
+    pad_token_id: int
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        batches = [collate(samples) for collate in self.collators]
+        longest = max(batch["input_ids"].shape[1] for batch in batches)
+        fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "prompt_block_ids": -1, "labels": IGNORE_INDEX}
+        joined = {
+            name: torch.cat([pad(b[name], (0, longest - b[name].shape[1]), value=fill[name]) for b in batches])
+            for name in fill
+        }
+        pictures = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
+        return joined | ({"pixel_values": torch.cat(pictures)} if pictures else {})
