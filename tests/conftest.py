@@ -15,6 +15,12 @@ torch.set_num_threads(1)
 RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
 
 
+@pytest.fixture(autouse=True)
+def _cut_off_pictures_are_errors(monkeypatch):
+    """Pillow's default, which importing lmms-eval changes for the whole process."""
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)
+
+
 @pytest.fixture
 def tiny_recipe():
     """The digits recipe with tiny parts and a few steps."""

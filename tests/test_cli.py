@@ -14,6 +14,7 @@ from aki.cli import main
 from aki.training.stages import build_model
 
 DIGITS = "recipes/digits.yaml"
+TABLE1 = "recipes/digits-table1.yaml"
 
 
 @pytest.fixture
@@ -126,6 +127,7 @@ def test_wrong_commands_are_sentences(tmp_path, capsys):
     assert "names no picture file" in says(capsys, ["mask", "--picture", tmp_path])
     assert "different rules" in says(capsys, ["compare", DIGITS, "--output", tmp_path, "--rules", "mma", "mma"])
     assert "no attention rule" in says(capsys, ["compare", DIGITS, "--output", tmp_path, "--rules", "causal", "mna"])
+    assert "rows of its own" in says(capsys, ["compare", TABLE1, "--output", tmp_path, "--rules", "mma"])
     (tmp_path / "pretrain/training/checkpoint-1").mkdir(parents=True)
     (tmp_path / "pretrain/training/checkpoint-1/WHOLE").touch()
     assert "already holds a run: pass --resume" in says(capsys, ["train", DIGITS, "--output", tmp_path])

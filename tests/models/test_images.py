@@ -29,7 +29,6 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
 
 def pixels(source) -> np.ndarray:
     image = open_image(source)
-    assert type(image) is Image.Image
     assert image.mode == "RGB"
     return np.asarray(image)
 

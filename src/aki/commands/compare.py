@@ -19,8 +19,8 @@ class Compare:
     """A YAML file; every field can be overridden: --sft.steps 100"""
     output: Path
     """Where models, the results of finished cells (in cells/) and the report go."""
-    rules: tuple[str, ...] = ("causal", "mma")
-    """The attention rules of SFT, a row each, where the recipe has no rows."""
+    rules: tuple[str, ...] = ()
+    """Where the recipe has no rows: the attention rules of SFT, a row each; causal and mma if absent."""
     rows: tuple[str, ...] = ()
     """Which of the recipe's rows; all if absent."""
     seeds: int = 1
@@ -36,7 +36,9 @@ class Compare:
         from aki.evaluation.report import three_questions, write_report
 
         recipe = read_recipe(self.recipe, overrides)
-        recipe.rows = recipe.rows or rows_by_rule(self.rules)
+        if recipe.rows and self.rules:
+            raise ValueError(f"{self.recipe} has rows of its own: choose among them with --rows, without --rules.")
+        recipe.rows = recipe.rows or rows_by_rule(self.rules or ("causal", "mma"))
         recipe = fast(recipe) if self.fast else recipe
         rows = self.rows or tuple(recipe.rows)
         comparison = run_comparison(recipe, self.output, rows, self.seeds, self.parallel)

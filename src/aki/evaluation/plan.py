@@ -50,7 +50,13 @@ class Cell:
 
 
 def rows_by_rule(rules: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A row a rule of SFT, as `Recipe.rows` has them."""
+    """A row a rule of SFT, as `Recipe.rows` has them.
+
+    Raises:
+        ValueError: a rule twice.
+    """
+    if len(set(rules)) < len(rules):
+        raise ValueError(f"a comparison needs different rules, there are {', '.join(rules)}.")
     return {rule: {"sft": {"rule": rule}} for rule in rules}
 
 

@@ -104,7 +104,8 @@ def test_collate_pads_on_the_left_and_joins_media():
 def test_collate_for_every_family_that_can_be_unlocked(monkeypatch):
     """Rows of a batch that is known to be right, taken apart without their padding, make that batch again."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "attention")
-    from unlock_families import FAMILIES, ROWS, chat
+    from unlock_chats import chat
+    from unlock_families import FAMILIES, ROWS
 
     for name, build in FAMILIES.items():
         family = build()
