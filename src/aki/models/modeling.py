@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +23,14 @@ from transformers.utils import can_return_tuple
 
 from aki.attention import Rule, get_rule, prepare_attention
 from aki.attention.backends import takes_prepared
-from aki.layout import AUDIO, IGNORE_INDEX, VIDEO, SequenceLayout, build_layout
+from aki.layout import IGNORE_INDEX, VIDEO, SequenceLayout, build_layout
+from aki.models.checks import (
+    check_complete,
+    check_count,
+    check_rule_inputs,
+    check_size,
+    check_takes_one_input,
+)
 from aki.models.configuration import AkiConfig
 from aki.models.connectors import PerceiverResampler, build_connector
 from aki.models.explain import AkiExplainMixin
@@ -71,7 +77,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
         self.feature_cache: FeatureCache | None = None
         for media in config.media.values():
             encoder = _encoder_of(AutoModel.from_config(media.encoder_config))
-            _check_takes_one_input(encoder)
+            check_takes_one_input(encoder)
             self.add_module(media.encoder, encoder)
             self.add_module(media.connector, _connector_of(media, config))
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
@@ -102,7 +108,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
             output_loading_info=True,
             **kwargs,
         )
-        _check_complete(pretrained_model_name_or_path, info["missing_keys"])
+        check_complete(pretrained_model_name_or_path, info["missing_keys"])
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -194,7 +200,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
                 "with a placeholder."
             )
         media = self.config.media[name]
-        _check_size(name, media, values)
+        check_size(name, media, values)
         if name == "pixel_values" and self.feature_cache is not None:
             features = self.feature_cache(values, self.patch_features)
         else:
@@ -307,7 +313,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
             raise ValueError(f"{next(iter(media_values))} need input_ids, whose placeholders say where they go.")
 
         rule = get_rule(attention_rule or self.config.attention_rule)
-        _check_rule_inputs(rule, input_ids, position_ids, past_key_values)
+        check_rule_inputs(rule, input_ids, position_ids, past_key_values)
         length = inputs_embeds.shape[1]
         padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         if position_ids is None and padding is not None:
@@ -370,23 +376,11 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
             placeholders = input_ids == media.token_id
             if name in embeds:
                 items, tokens, _ = embeds[name].shape
-                _check_count(int(placeholders.sum()), items, tokens, media.name)
+                check_count(int(placeholders.sum()), items, tokens, media.name)
                 inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], embeds[name].to(inputs_embeds))
             elif self.training or input_ids.shape[1] > 1:
-                _check_count(int(placeholders.sum()), 0, media.tokens_per_item, media.name)
+                check_count(int(placeholders.sum()), 0, media.tokens_per_item, media.name)
         return inputs_embeds
-
-
-def _check_rule_inputs(rule: Rule, input_ids: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> None:
-    if input_ids is None and rule.opens_text:
-        raise ValueError(
-            f"the rule {rule.name!r} opens text too: pass input_ids, inputs_embeds do not say what they are."
-        )
-    if rule.positions is not None and position_ids is None and cache is not None and int(cache.get_seq_length()) > 0:
-        raise ValueError(
-            f"the rule {rule.name!r} numbers tokens in its own way, and what is cached does not tell how far it came: "
-            "pass position_ids, the last of model.positions_by_rule(all input_ids so far)."
-        )
 
 
 def _positions(rule: Rule, layout: SequenceLayout, cache: Cache | None, position_ids: Tensor | None) -> Tensor | None:
@@ -410,61 +404,12 @@ def _connector_of(media: Media, config: AkiConfig) -> nn.Module:
     return build_connector(media.connector_config, media.encoder_config.hidden_size, config.text_config.hidden_size)
 
 
-def _check_size(name: str, media: Media, values: Tensor) -> None:
-    """Audio encoders check the length themselves."""
-    if media.modality == VIDEO and (values.ndim != 5 or values.shape[1] != media.frames):
-        raise ValueError(
-            f"{name} have the shape {tuple(values.shape)}, expected (videos, {media.frames}, channels, height, width): "
-            f"give each video as many frames as config.video_frames."
-        )
-    if media.modality != AUDIO and tuple(values.shape[-2:]) != media.image_size:
-        (height, width), expected = values.shape[-2:], media.image_size
-        raise ValueError(
-            f"{name} are {height} x {width}, the vision encoder takes {expected[0]} x {expected[1]}: "
-            "give the image processor that size."
-        )
-
-
-def _check_count(placeholders: int, items: int, tokens_per_item: int, name: str) -> None:
-    if placeholders != items * tokens_per_item:
-        raise ValueError(
-            f"{items} {name}(s) need {items * tokens_per_item} placeholders in input_ids ({tokens_per_item} for each "
-            f"{name}), found {placeholders}: pass the {name}s that the prompt names, and let the processor write the "
-            "placeholders."
-        )
-
-
-def _check_complete(name: str, missing: set[str]) -> None:
-    if missing:
-        shown = ", ".join(sorted(missing)[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-        raise ValueError(
-            f"the checkpoint {name} lacks {len(missing)} of the weights that its config.json describes, which would be "
-            f"left random: {shown}."
-        )
-
-
 def _load_backbone(auto_class: Any, name: str, config: PreTrainedConfig) -> PreTrainedModel:
     model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True)
-    _check_complete(name, info["missing_keys"])
+    check_complete(name, info["missing_keys"])
     return model
 
 
 def _add_output_bias(language_model: PreTrainedModel) -> None:
     head = language_model.get_output_embeddings()
     head.bias = nn.Parameter(head.weight.new_zeros(head.out_features))
-
-
-def _check_takes_one_input(encoder: PreTrainedModel) -> None:
-    required = [
-        name
-        for name, parameter in inspect.signature(encoder.forward).parameters.items()
-        if parameter.default is inspect.Parameter.empty
-        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        and name != encoder.main_input_name
-    ]
-    if required:
-        raise ValueError(
-            f"the encoder {encoder.config.model_type!r} wants more than {encoder.main_input_name} "
-            f"({', '.join(required)}): AKI takes fixed-resolution encoders "
-            "(SigLIP, SigLIP 2 fixed, CLIP, DINOv2), not NaFlex ones."
-        )

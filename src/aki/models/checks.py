@@ -1,0 +1,73 @@
+"""What a model refuses: inputs that do not fit, encoders that want more than it gives, incomplete weights."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from aki.attention import Rule
+from aki.layout import AUDIO, VIDEO
+from aki.models.media import Media
+
+
+def check_rule_inputs(rule: Rule, input_ids: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> None:
+    if input_ids is None and rule.opens_text:
+        raise ValueError(
+            f"the rule {rule.name!r} opens text too: pass input_ids, inputs_embeds do not say what they are."
+        )
+    if rule.positions is not None and position_ids is None and cache is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError(
+            f"the rule {rule.name!r} numbers tokens in its own way, and what is cached does not tell how far it came: "
+            "pass position_ids, the last of model.positions_by_rule(all input_ids so far)."
+        )
+
+
+def check_size(name: str, media: Media, values: Tensor) -> None:
+    """Audio encoders check the length themselves."""
+    if media.modality == VIDEO and (values.ndim != 5 or values.shape[1] != media.frames):
+        raise ValueError(
+            f"{name} have the shape {tuple(values.shape)}, expected (videos, {media.frames}, channels, height, width): "
+            f"give each video as many frames as config.video_frames."
+        )
+    if media.modality != AUDIO and tuple(values.shape[-2:]) != media.image_size:
+        (height, width), expected = values.shape[-2:], media.image_size
+        raise ValueError(
+            f"{name} are {height} x {width}, the vision encoder takes {expected[0]} x {expected[1]}: "
+            "give the image processor that size."
+        )
+
+
+def check_count(placeholders: int, items: int, tokens_per_item: int, name: str) -> None:
+    if placeholders != items * tokens_per_item:
+        raise ValueError(
+            f"{items} {name}(s) need {items * tokens_per_item} placeholders in input_ids ({tokens_per_item} for each "
+            f"{name}), found {placeholders}: pass the {name}s that the prompt names, and let the processor write the "
+            "placeholders."
+        )
+
+
+def check_complete(name: str, missing: set[str]) -> None:
+    if missing:
+        shown = ", ".join(sorted(missing)[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise ValueError(
+            f"the checkpoint {name} lacks {len(missing)} of the weights that its config.json describes, which would be "
+            f"left random: {shown}."
+        )
+
+
+def check_takes_one_input(encoder: PreTrainedModel) -> None:
+    required = [
+        name
+        for name, parameter in inspect.signature(encoder.forward).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        and name != encoder.main_input_name
+    ]
+    if required:
+        raise ValueError(
+            f"the encoder {encoder.config.model_type!r} wants more than {encoder.main_input_name} "
+            f"({', '.join(required)}): AKI takes fixed-resolution encoders "
+            "(SigLIP, SigLIP 2 fixed, CLIP, DINOv2), not NaFlex ones."
+        )
