@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
+from aki.commands.shared import read_recipe
 from aki.data.digits import SKILLS
 from aki.evaluation.compare import Comparison, load_comparison
-from aki.evaluation.report import report_parts, write_report
-from aki.training.recipe import load_recipe
+from aki.evaluation.report import report_parts, summary_table, table, titles_of, write_report
 
 ROOT = Path(__file__).parents[1]
 PAGE, DEPTH_PICTURE = ROOT / "docs" / "table1-digits.md", ROOT / "docs" / "digits-depth.png"
 BEGIN, END = "<!-- {}: made by docs/table1_page.py -->", "<!-- end of {} -->"
-RESULTS = {"digits-table1": "table1-digits", "digits-depth": "depth-digits"}
 DEPTHS = (1, 2, 4, 8)
 RULES = ("causal", "mma")
 
 
+@dataclass(frozen=True)
+class Made:
+    """How a folder of results was made: the recipe, what the command changed of it, and the rows; all if empty."""
+
+    recipe: str
+    changes: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+
+
+RESULTS = {
+    "table1-digits": Made("digits-table1"),
+    "depth-digits": Made("digits-depth"),
+    "rings-digits": Made(
+        "digits-table1", ("--model.vision.patch_size", "4", "--learning-rates"), ("causal", "concentric", "mma")
+    ),
+}
+
+
 def comparison(name: str) -> Comparison:
-    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
-    return load_comparison(recipe, folder(name), list(recipe.rows))
+    made = RESULTS[name]
+    recipe = read_recipe(ROOT / "recipes" / f"{made.recipe}.yaml", list(made.changes))
+    return load_comparison(recipe, ROOT / "results" / name, made.rows or list(recipe.rows))
 
 
-def folder(name: str) -> Path:
-    return ROOT / "results" / RESULTS[name]
+def rings_tables(rings: Comparison) -> str:
+    return summary_table(rings.results, titles_of(rings.recipe)) + "\n\n" + table(rings.results)
 
 
 def accuracy(depth: Comparison, rule: str, layers: int, skill: str) -> list[float]:
@@ -79,15 +98,16 @@ def draw_depth(depth: Comparison, path: Path) -> None:
 def made() -> dict[str, str]:
     """The parts of the page that come from the cells."""
     return {
-        "report": "\n\n".join(report_parts(comparison("digits-table1"))),
-        "depth": depth_table(comparison("digits-depth")),
+        "report": "\n\n".join(report_parts(comparison("table1-digits"))),
+        "depth": depth_table(comparison("depth-digits")),
+        "rings": rings_tables(comparison("rings-digits")),
     }
 
 
 def main() -> None:
     for name in RESULTS:
-        write_report(comparison(name), folder(name))
-    draw_depth(comparison("digits-depth"), DEPTH_PICTURE)
+        write_report(comparison(name), ROOT / "results" / name)
+    draw_depth(comparison("depth-digits"), DEPTH_PICTURE)
     page = PAGE.read_text()
     for name, text in made().items():
         begin, end = BEGIN.format(name), END.format(name)

@@ -30,4 +30,4 @@ def test_the_headline_is_the_mean_of_the_cells_by_hand(page):
     for row, title in (("causal", "causal, (I&T)PT + (I&T)SFT"), ("mma", "MMA")):
         own = [c["test"]["accuracy"] for c in cells if c["row"] == row and c["stage"] == "sft" and c["seed"] < 1000]
         assert f"| {title} | {len(own)} | {100 * statistics.mean(own):.1f} ± " in text
-        assert len(own) == 5
+        assert len(own) == 10
