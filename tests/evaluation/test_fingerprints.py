@@ -41,6 +41,17 @@ def test_another_row_is_another_fingerprint(change):
     assert data_fingerprint(rows().select([0])) != data_fingerprint(rows())
 
 
+def test_pictures_beside_their_table_count(tmp_path):
+    found = []
+    for level in (7, 7, 8):
+        Image.new("RGB", (4, 4), (level,) * 3).save(tmp_path / "one.png")
+        features = datasets.Features({"image": datasets.Image()})
+        found.append(
+            data_fingerprint(datasets.Dataset.from_list([{"image": str(tmp_path / "one.png")}], features=features))
+        )
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_model_is_its_weights_and_words(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "config.json").write_text("{}")

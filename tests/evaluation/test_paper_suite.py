@@ -4,9 +4,11 @@ import pytest
 from datasets import load_dataset
 from draw_benchmarks import ANSWERS, BENCHMARKS
 from lmms_eval.api.model import lmms
+from lmms_eval.api.task import ConfigurableTask
+from tenacity import wait_none
 
-from aki.evaluation.run import Evaluation, evaluate
-from aki.evaluation.suite import PAPER, columns
+from aki.evaluation.run import Evaluation, evaluate, task_manager
+from aki.evaluation.suite import PAPER, columns, load_task
 
 JUDGED = {"LLaVA-W", "MathV-mini", "MM-Vet"}
 
@@ -16,16 +18,16 @@ class Scripted(lmms):
 
     is_simple = False
 
-    def __init__(self, right):
+    def __init__(self, right, answers=ANSWERS):
         super().__init__()
-        self.right, self.prompts = right, {}
+        self.right, self.answers, self.prompts = right, answers, {}
 
     def generate_until(self, requests):
         answers = []
         for request in requests:
             _, doc_to_messages, _, doc_id, task, split = request.args
             self.prompts.setdefault(task, []).append(doc_to_messages(self.task_dict[task][split][doc_id]))
-            answers.append(ANSWERS[task][doc_id][0 if self.right(doc_id) else 1])
+            answers.append(self.answers[task][doc_id][0 if self.right(doc_id) else 1])
         return answers
 
     def loglikelihood(self, requests):
@@ -68,13 +70,39 @@ def test_without_a_judge_the_judged_columns_are_empty_and_say_so(benchmarks, tmp
         assert "no judge model is set: set OPENAI_API_KEY" in results["columns"][name]["note"]
 
 
-def test_a_judge_that_says_nothing_leaves_the_column_empty(benchmarks, judge, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "silent", True)
-    only = columns("paper", ["llava_in_the_wild"])
-    results = evaluate(Evaluation("paper", only, tmp_path, benchmarks), Scripted(lambda row: True), "scripted")
-    entry = results["columns"]["LLaVA-W"]
+@pytest.mark.parametrize(
+    ("task", "then"),
+    [
+        ("llava_in_the_wild", "I would rather not say."),
+        ("llava_in_the_wild", None),
+        ("mathvista_testmini_format", None),
+        ("mmvet", None),
+        ("mmvet", "I would rather not say."),
+        ("mmvet", "10"),  # which lmms-eval would ask again without end
+    ],
+)
+def test_a_judge_that_fails_half_way_leaves_the_column_empty(task, then, benchmarks, judge, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(judge, "patience", 3)  # the first question only looks whether it is there
+    monkeypatch.setattr(judge, "then", then)
+    # Wrong answers: MathVista's right ones are letters and numbers, some of which need no judge.
+    scripted = Scripted(lambda row: False, {task: [("", "It may be so.")] * 4})
+    only = columns("paper", [task])
+    (entry,) = evaluate(Evaluation("paper", only, tmp_path, benchmarks), scripted, "scripted")["columns"].values()
     assert entry["score"] is None
-    assert "the judge gave no score for 4 of 4 answers" in entry["note"]
+    assert "the judge gave no score for 2 of 4 answers; run again" in entry["note"]
+
+
+def test_a_judge_that_is_not_there_is_said_before_anything_runs(benchmarks, judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "patience", 0)
+    scripted = Scripted(lambda row: True)
+    with pytest.raises(ValueError, match=r"the judge stand-in does not answer \(.*400.*\): mend OPENAI_API_KEY"):
+        evaluate(Evaluation("paper", PAPER, tmp_path, benchmarks), scripted, "scripted")
+    assert not scripted.prompts
+    only = columns("paper", ["pope"])
+    results = evaluate(Evaluation("paper", only, tmp_path, benchmarks), scripted, "scripted")
+    assert results["columns"]["POPE"]["score"] == 100
+    assert results["settings"]["judge"] is None, "nobody was asked"
 
 
 def test_questions_come_as_in_training(benchmarks, judge, tmp_path):
@@ -108,6 +136,25 @@ def test_questions_come_as_in_training(benchmarks, judge, tmp_path):
 def test_no_data_is_said_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match=r"pope has no data at .*lmms-lab-encoder/POPE: put a copy"):
         evaluate(Evaluation("paper", columns("paper", ["pope"]), tmp_path, tmp_path), Scripted(bool), "scripted")
+
+
+def test_data_that_cannot_be_had_are_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(ConfigurableTask.download.retry, "wait", wait_none())
+    (tmp_path / "lmms-lab-encoder/POPE").mkdir(parents=True)
+    (column,) = columns("paper", ["pope"])
+    with pytest.raises(ValueError, match=r"pope could not load its data from .*lmms-lab-encoder/POPE: .*"):
+        load_task(task_manager(), column, tmp_path)
+    asked = []
+
+    def hub(**arguments):
+        asked.append(arguments)
+        raise ConnectionError("the hub is away")
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    with pytest.raises(ValueError, match=r"pope could not load its data from lmms-lab-encoder/POPE: the hub is away"):
+        load_task(task_manager(), column, None)
+    assert asked[0]["path"] == "lmms-lab-encoder/POPE"
+    assert "token" not in asked[0], "nobody needs a login to the hub for public data"
 
 
 def test_data_saved_to_disk_are_the_same_data(benchmarks, tmp_path):

@@ -3,11 +3,13 @@
 import csv
 import json
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import yaml
 
 from aki.cli import main
-from aki.evaluation.table_formats import as_csv, latex, markdown
+from aki.evaluation.table_formats import as_csv, latex, markdown, radar
 from aki.evaluation.tables import PAPERS, differences, paper_tables, read_results
 
 COLUMNS = ["MME-P", "MME-C", "MMB", "SEED-I", "LLaVA-W", "MMMU", "MathV-mini", "POPE", "MM-Vet", "RealWorldQA"]
@@ -19,7 +21,13 @@ def write(folder, name, scores, rule="mma", settings=None, **of_columns):
     columns = {}
     for column in COLUMNS:
         entry = {"score": scores.get(column, 50.0), "best": 100, "split": "test", "note": "", "rows": 4, "of": 4}
-        entry |= {"prompt": {"first": "?", "fingerprint": "p"}, "decoding": {"max_new_tokens": 16}, "data": "d"}
+        entry |= {
+            "task": column.lower(),
+            "metric": "acc",
+            "prompt": {"first": "?", "fingerprint": "p"},
+            "decoding": {"max_new_tokens": 16},
+            "data": "d",
+        }
         columns[column] = entry | of_columns.get(column.replace("-", "_").replace(" ", "_"), {})
     known = {"rule": rule, "dtype": "bfloat16", "backend": "auto", "seed": 1234, "versions": {"torch": "2.13"}}
     record = {"name": name, "scorer": "lmms-eval", "settings": known | (settings or {}), "columns": columns}
@@ -58,10 +66,32 @@ def test_best_second_and_improvements(rows):
     # The paper's rows are ranked among themselves: 71.8 and 67.4.
     assert cells(text, "MMA†")["MMB"] == "**71.8**"
     assert cells(text, "CCA†")["MMB"] == "<u>67.4</u>"
-    assert cells(text, "MMA† over CCA†, %")["MME-C"] == "+29.5"  # (315.4 - 243.6) / 243.6
     assert "† as printed; another scorer (VLMEvalKit" in text
     assert cells(markdown(second), "AKI-4B†")["CV-Bench 3D"] == "71.8"
     assert cells(markdown(second), "mma")["MMB"] == "**50.0**"
+
+
+def test_improvements_of_the_papers_rows():
+    """(MMA - CCA) / CCA and (MMA - causal) / causal of the printed scores, by a pocket calculator."""
+    text = markdown(paper_tables("paper", [])[0])
+    over_cca = [+12.5, +29.5, +6.5, +2.8, +10.4, +7.8, +3.1, +1.0, +4.1, -0.8, +3.2, +2.1]
+    over_causal = [+11.2, +22.2, +10.6, +4.7, +26.8, +19.9, +9.1, +3.6, +24.3, +3.4, +27.9, +18.0]
+    wanted = {column: f"{value:+.1f}" for column, value in zip(COLUMNS, over_cca, strict=True)}
+    assert cells(text, "MMA† over CCA†, %") == wanted
+    wanted = {column: f"{value:+.1f}" for column, value in zip(COLUMNS, over_causal, strict=True)}
+    assert cells(text, r"MMA† over (I&T)PT + (I&T)SFT†, %") == wanted
+
+
+def test_improvements_are_over_the_same_kind_of_model(tmp_path):
+    paths = [
+        write(tmp_path, "llava", {"MMB": 10.0}, "causal", {"model_type": "llava"}),
+        write(tmp_path, "causal", {"MMB": 40.0}, "causal", {"model_type": "aki"}),
+        write(tmp_path, "mma", {"MMB": 50.0}, "mma", {"model_type": "aki"}),
+        write(tmp_path, "mma again", {"MMB": 44.0}, "mma", {"model_type": "aki"}),
+    ]
+    table = paper_tables("paper", [read_results(path) for path in paths])[0]
+    ours = {label: values["MMB"] for label, values in table.improvements.items() if "†" not in label}
+    assert ours == pytest.approx({"mma over causal, %": 25, "mma again over causal, %": 10})
 
 
 def test_the_papers_rows_are_the_papers():
@@ -100,6 +130,46 @@ def test_latex_and_csv_hold_the_same(rows):
     assert read["causal"]["scorer"] == "lmms-eval"
 
 
+def test_names_are_escaped(tmp_path):
+    name = r"50%_of #1 {a|b} ~x^2 \y & $z*"
+    table = paper_tables("paper", [read_results(write(tmp_path, name, {"MMB": None}))])[0]
+    (line,) = [line for line in latex(table).splitlines() if line.startswith("50")]
+    escaped = r"50\%\_of \#1 \{a\textbar{}b\} \textasciitilde{}x\textasciicircum{}2 \textbackslash{}y \& \$z$^*$"
+    assert line.startswith(escaped + " & 50.0 &")
+    # Also in the notes, which stand below the table.
+    assert rf"{escaped} has no MMB: no score." in latex(table).partition(r"\end{tabular}")[2]
+    (line,) = [line for line in markdown(table).splitlines() if line.startswith("| 50")]
+    assert line.startswith(r"| 50%\_of #1 {a\|b} ~x^2 \\y & $z\* | 50.0 |")
+    assert name in {row["row"] for row in csv.DictReader(as_csv(table).splitlines())}
+    radar(table.rows, table.columns, tmp_path / "name.png")
+
+
+def test_the_picture_has_gaps_where_scores_are_missing(rows, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    radar(rows, COLUMNS, tmp_path / "gaps.png")
+    monkeypatch.undo()
+    plt.close(drawn[0])
+    lines = drawn[0].axes[0].lines
+    assert [line.get_label() for line in lines] == ["causal", "cca", "mma"]
+    shares = dict(zip(COLUMNS, lines[0].get_ydata()[:12], strict=True))
+    assert np.isnan(shares.pop("MM-Vet"))
+    assert shares["MMB"] == pytest.approx(0.8)
+    assert not np.isnan(list(shares.values())).any()
+
+
+def test_a_column_is_compared_with_the_first_row_that_has_it(tmp_path):
+    asked = {"prompt": {"first": "?", "fingerprint": "another"}}
+    paths = [write(tmp_path, name, {}, MM_Vet=asked if name == "three" else {}) for name in ("one", "two", "three")]
+    record = json.loads((paths[0] / "results.json").read_text())
+    record["columns"]["MM-Vet"] = {"score": None, "note": "no judge", "split": "test"}
+    (paths[0] / "results.json").write_text(json.dumps(record))
+    rows = [read_results(path) for path in paths]
+    text = markdown(paper_tables("paper", rows)[0])
+    assert [cells(text, row.name)["MM-Vet"] for row in rows] == ["-", "50.0", "50.0‡"]
+    assert differences(rows) == ["MM-Vet: prompt differs between two, three"]
+
+
 def test_what_differs_is_said_and_marked(tmp_path):
     paths = [
         write(tmp_path, "one", {}),
@@ -113,6 +183,7 @@ def test_what_differs_is_said_and_marked(tmp_path):
             MMB={"data": "e"},
             SEED_I={"rows": 2},
             MME_P={"decoding": {"max_new_tokens": 8}},
+            RealWorldQA={"metric": "flexible_match"},
         ),
     ]
     rows = [read_results(path) for path in paths]
@@ -124,6 +195,7 @@ def test_what_differs_is_said_and_marked(tmp_path):
         "MMB": "50.0§",
         "SEED-I": r"50.0\*",
         "MME-P": "50.0‡",
+        "RealWorldQA": "50.0¶",
     }
     assert differences(rows) == [
         "dtype differs: one bfloat16, two float32",
@@ -133,6 +205,7 @@ def test_what_differs_is_said_and_marked(tmp_path):
         "MMB: data differs between one, two",
         "MMMU: split differs between one, two",
         "POPE: prompt differs between one, two",
+        "RealWorldQA: metric differs between one, two",
     ]
     assert differences(rows[:1]) == []
 
@@ -155,12 +228,17 @@ def test_the_command_writes_all_and_warns(rows, tmp_path, capsys):
 def test_wrong_inputs_get_a_sentence(rows, tmp_path):
     with pytest.raises(ValueError, match=r"nothing/results.json holds no results|nothing holds no results"):
         read_results(tmp_path / "nothing")
-    (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds no results of `aki eval`"):
-        read_results(tmp_path)
+    whole = json.dumps(rows[0].record)
+    broken = ["", "[]", whole[:-9], '{"columns": {}}', whole.replace('"score": 50.0', '"score": "high"', 1)]
+    broken += [json.dumps(rows[0].record | change) for change in ({"columns": []}, {"columns": {"POPE": 5}})]
+    broken += [json.dumps(rows[0].record | {"settings": None})]
+    for text in broken:
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match=r"results.json holds no results of `aki eval` \("):
+            read_results(tmp_path)
     with pytest.raises(ValueError, match=r"no tables of 'llava'; there are those of paper"):
         paper_tables("llava", rows)
-    with pytest.raises(ValueError, match="two results have one name"):
+    with pytest.raises(ValueError, match="two results are named causal: give each its own"):
         paper_tables("paper", [rows[0], rows[0]])
     record = rows[0].record | {"columns": {"exists": {"score": 50.0, "rows": 1, "of": 1}}}
     (tmp_path / "results.json").write_text(json.dumps(record))

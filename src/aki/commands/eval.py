@@ -50,13 +50,16 @@ class Eval:
     def run(self, rest: list[str]) -> None:
         if find_spec("lmms_eval") is None:
             raise ValueError("aki eval needs lmms-eval: pip install 'aki[eval]'.")
+        for option, count in (("limit", self.limit), ("limit-new-tokens", self.limit_new_tokens)):
+            if count is not None and count < 1:
+                raise ValueError(f"--{option} must be at least 1, it is {count}.")
         from aki.evaluation.lmms import Aki
         from aki.evaluation.run import Evaluation, evaluate
         from aki.evaluation.suite import columns
         from aki.evaluation.tables import summary
 
         chosen = columns(self.suite, self.tasks)
-        name = self.name or Path(self.model).name
+        name = self.name or Path(self.model).resolve().name
         output = self.output or Path("runs/eval") / name
         data = self.data
         if self.suite == "digits":
@@ -81,4 +84,5 @@ class Eval:
         evaluation = Evaluation(self.suite, chosen, output, data, self.limit, self.seed)
         results = evaluate(evaluation, model, name)
         if results is not None:
-            print(f"\n{summary(results)}\n\n{output}/results.json; beside the paper's: aki table {output}")
+            beside = f"; beside the paper's: aki table {output}" if self.suite == "paper" else ""
+            print(f"\n{summary(results)}\n\n{output}/results.json{beside}")

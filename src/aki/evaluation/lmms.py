@@ -189,8 +189,11 @@ def load_model(pretrained: str, dtype: str, rule: str | None, unlock: bool, back
     """Model and processor, whichever kind it is.
 
     Raises:
-        ValueError: a rule for a model that is neither AKI nor unlocked; AKI cannot be unlocked.
+        ValueError: no such dtype; a rule for a model that is neither AKI nor unlocked; AKI cannot be unlocked.
     """
+    known = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise ValueError(f"dtype must be auto or a floating torch dtype such as bfloat16, it is {dtype!r}.")
     config = AutoConfig.from_pretrained(pretrained)
     processor = AutoProcessor.from_pretrained(pretrained)
     is_aki = isinstance(config, aki.AkiConfig)
@@ -212,10 +215,11 @@ def load_model(pretrained: str, dtype: str, rule: str | None, unlock: bool, back
 def decoding_of(asked: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
     """The arguments of transformers' `generate` that a task's generation_kwargs ask for.
 
-    Sampling is what do_sample says, else whether there is a temperature. What other models' adapters read
-    (`image_aspect_ratio`) is left out.
+    Sampling is what do_sample says, else whether there is a temperature; a temperature of 0 is greedy either way. What
+    other models' adapters read (`image_aspect_ratio`) is left out.
     """
-    sample = bool(asked.get("do_sample", (asked.get("temperature") or 0) > 0))
+    temperature = asked.get("temperature")
+    sample = bool(asked.get("do_sample", temperature)) and temperature != 0
     decoding = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": sample}
     decoding |= {name: asked[name] for name in _DECODING if asked.get(name) is not None}
     if sample:

@@ -13,13 +13,13 @@ from typing import Any
 from lmms_eval import models as _models  # noqa: F401  (first, because it quiets lmms-eval's log)
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.llm_judge import ServerConfig, get_server
+from lmms_eval.llm_judge import Request, ServerConfig, get_server
 from lmms_eval.tasks import TaskManager
 
 from aki.evaluation.answers import key_of
 from aki.evaluation.fingerprints import data_fingerprint
 from aki.evaluation.lmms import decoding_of, versions
-from aki.evaluation.suite import OWN_TASKS, Column, load_task
+from aki.evaluation.suite import OWN_TASKS, TASK_FOLDERS, Column, load_task
 from aki.training.stages import write_json
 
 RESULTS = "results.json"
@@ -56,11 +56,12 @@ def evaluate(evaluation: Evaluation, model: lmms, name: str) -> dict[str, Any] |
         name: the row's name in a table.
 
     Raises:
-        ValueError: no data for a task.
+        ValueError: no data for a task; the judge that is set does not answer.
     """
-    judge = judge_model()
-    scored = [column for column in evaluation.columns if judge or not column.judged]
-    tasks = {column.task: load_task(task_manager(), column, evaluation.data) for column in scored}
+    judge = judge_model() if any(column.judged for column in evaluation.columns) else None
+    # MME has two columns, of the same task.
+    scored = {column.task: column for column in evaluation.columns if judge or not column.judged}
+    tasks = {name: load_task(task_manager(), column, evaluation.data) for name, column in scored.items()}
     settings = dict(getattr(model, "settings", {"model_type": type(model).__name__}))
     found = _simple_evaluate(evaluation, model, list(tasks.values())) if tasks else {"results": {}, "samples": {}}
     if found is None:
@@ -84,18 +85,31 @@ def evaluate(evaluation: Evaluation, model: lmms, name: str) -> dict[str, Any] |
 
 @cache
 def task_manager() -> TaskManager:
-    """lmms-eval's index of tasks with ours; reading 2,000 files takes seconds."""
-    return TaskManager("WARNING", include_path=str(OWN_TASKS), model_name="aki")
+    """lmms-eval's index of the suites' tasks, ours among them."""
+    return TaskManager("WARNING", [*TASK_FOLDERS, str(OWN_TASKS)], include_defaults=False, model_name="aki")
 
 
 def judge_model() -> str | None:
-    """The judge that lmms-eval's settings name, if there is one that can be asked."""
+    """The judge that lmms-eval's settings name, once it has answered; None where there are no such settings.
+
+    Raises:
+        ValueError: it does not answer, which lmms-eval would find out hours later, answer by answer.
+    """
     provider = os.environ.get("API_TYPE", "openai")
     if provider == "openai" and not os.environ.get("OPENAI_API_KEY"):
         return None
     name = os.environ.get("MODEL_VERSION", "gpt-4o-2024-11-20")
-    server = get_server(server_name=provider, config=ServerConfig(model_name=name))
-    return name if server.is_available() else None
+    server = get_server(server_name=provider, config=ServerConfig(model_name=name, num_retries=1))
+    if not server.is_available():
+        return None
+    try:
+        server.evaluate(Request(messages=[{"role": "user", "content": "Say the number 1."}]))
+    except Exception as error:
+        raise ValueError(
+            f"the judge {name} does not answer ({error}): mend OPENAI_API_KEY, OPENAI_API_URL or MODEL_VERSION, or "
+            "unset the key to leave the judged columns empty."
+        ) from error
+    return name
 
 
 def _simple_evaluate(evaluation: Evaluation, model: lmms, tasks: list[Any]) -> dict[str, Any] | None:

@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lmms_eval.tasks
+from tenacity import RetryError
+
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
 
@@ -84,6 +87,21 @@ def mean_over_sources(results: list[dict[str, Any]]) -> float:
     return sum(sum(of_source) / len(of_source) for of_source in right) / len(right)
 
 
+def a_score_or_nothing(ask: Callable[..., tuple[str, str]], prompt: str, **_: Any) -> tuple[str, str]:
+    """MM-Vet's question to the judge; a reply that is no number from 0 to 1, at four temperatures, is no reply.
+
+    lmms-eval asks without end after a number beyond that range, and counts four replies of other words as a score of 0.
+    """
+    for temperature in (0.0, 0.5, 1.0, 1.5):
+        said, judge = ask(prompt, temperature=temperature)
+        try:
+            if not said or 0 <= float(said.split(" ")[0]) <= 1:
+                return said, judge
+        except ValueError:
+            continue
+    return "", ""
+
+
 _CV_BENCH_ASKED = {"lmms_eval_specific_kwargs": {"default": {"pre_prompt": OPTION_LETTER, "post_prompt": ""}}}
 """lmms-eval's own sentence here is another one, with the letters in it; the training's is used throughout."""
 
@@ -137,6 +155,9 @@ DIGITS = tuple(
 
 SUITES = {"paper": PAPER, "digits": DIGITS}
 OWN_TASKS = Path(__file__).with_name("digit_scenes")
+_FOLDERS = ("cv_bench", "llava-in-the-wild", "mathvista", "mmbench", "mme", "mmmu", "mmvet", "pope", "realworldqa")
+TASK_FOLDERS = [str(Path(lmms_eval.tasks.__file__).with_name(name)) for name in (*_FOLDERS, "seedbench")]
+"""Of lmms-eval, those that the suites read: an index of all its 2,000 files takes seconds."""
 
 
 def columns(suite: str, only: Iterable[str] = ()) -> tuple[Column, ...]:
@@ -163,23 +184,34 @@ def load_task(manager: Any, column: Column, data: Path | None) -> Any:
             saved with `save_to_disk` (in a folder of the configuration's name, if it has one).
 
     Raises:
-        ValueError: there is no such folder of data.
+        ValueError: there is no such folder of data, or the data cannot be read or fetched.
     """
     config = manager._get_config(column.task)
     # Files to hand in (MMBench's Excel sheet fails on an answer with a control character, after hours) are not scores.
     scores = [metric for metric in config["metric_list"] if metric["metric"] != "submission"]
     changes = {"metric_list": scores} | column.changes
+    # lmms-eval asks for a login to the hub, which none of these public data sets needs; one that is there is used.
+    changes["dataset_kwargs"] = {k: v for k, v in config.get("dataset_kwargs", {}).items() if k != "token"}
     if callable(config["doc_to_text"]):
         changes["doc_to_text"] = partial(ask_instruction_first, config["doc_to_text"])
     if "doc_to_messages" in config:
         changes["doc_to_messages"] = partial(ask_messages_instruction_first, config["doc_to_messages"])
+    if column.task == "mmvet":
+        names = config["process_results"].__globals__
+        names["get_chat_response"] = partial(a_score_or_nothing, names["get_chat_response"])
+        changes["process_results"] = config["process_results"]
+    path = config["dataset_path"]
     if data is not None:
-        folder = data / config["dataset_path"]
+        folder = data / path
         if not folder.is_dir():
-            raise ValueError(f"{column.task} has no data at {folder}: put a copy of {config['dataset_path']} there.")
+            raise ValueError(f"{column.task} has no data at {folder}: put a copy of {path} there.")
         saved = folder / (config.get("dataset_name") or "")
         if (saved / "dataset_dict.json").exists():
             folder, changes["dataset_kwargs"] = saved, {"load_from_disk": True}
-        changes["dataset_path"] = str(folder)
-    loaded = manager._load_individual_task_or_group({"task": column.task, **changes}, task_type="chat")
+        changes["dataset_path"] = path = str(folder)
+    try:
+        loaded = manager._load_individual_task_or_group({"task": column.task, **changes}, task_type="chat")
+    except RetryError as error:
+        reason = error.last_attempt.exception()
+        raise ValueError(f"{column.task} could not load its data from {path}: {reason}") from reason
     return loaded[column.task]

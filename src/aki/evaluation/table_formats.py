@@ -13,28 +13,37 @@ import numpy as np
 from aki.evaluation.tables import Row, Table
 
 EMPTY = "-"
-_LATEX = {"&": r"\&", "%": r"\%", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "§": r"$^\S$", "_": r"\_"}
+_MARKDOWN = str.maketrans({mark: "\\" + mark for mark in "|*_`<\\"})
+_LATEX = str.maketrans(
+    {mark: "\\" + mark for mark in "&%$#_{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+    | {"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+    | {"†": r"$^\dagger$", "‡": r"$^\ddagger$", "§": r"$^\S$", "¶": r"$^\P$", "*": "$^*$"}
+)
 
 
 def markdown(table: Table) -> str:
     """Best in bold, second underlined."""
-    lines = _lines(table, "**{}**", "<u>{}</u>")
+    lines = [
+        [_marked(cell.translate(_MARKDOWN), "**", "**", "<u>", "</u>") for cell in cells] for cells in _lines(table)
+    ]
     ruler = ["---"] + ["---:"] * len(table.columns)
     body = "\n".join("| " + " | ".join(cells) + " |" for cells in [lines[0], ruler, *lines[1:]])
-    return f"**{table.title}**\n\n{body}\n\n" + "\n".join(f"{note}\\" for note in table.notes).rstrip("\\") + "\n"
+    notes = "\\\n".join(note.translate(_MARKDOWN) for note in table.notes)
+    return f"**{table.title}**\n\n{body}\n\n{notes}\n"
 
 
 def latex(table: Table) -> str:
-    """A tabular for the package booktabs."""
-    lines = [[_escaped(cell) for cell in cells] for cells in _lines(table, "\0b{}\1", "\0u{}\1")]
-    header, *body = [" & ".join(cells).replace("\0b", r"\textbf{").replace("\0u", r"\underline{") for cells in lines]
-    rows = " \\\\\n".join(row.replace("\1", "}") for row in body)
-    notes = "\n".join(f"% {note}" for note in table.notes)
+    """A tabular for the package booktabs, and the notes below it."""
+    lines = [
+        [_marked(cell.translate(_LATEX), r"\textbf{", "}", r"\underline{", "}") for cell in cells]
+        for cells in _lines(table)
+    ]
+    header, *rows = [" & ".join(cells) + r" \\" for cells in lines]
     form = "l" + "r" * len(table.columns)
-    return (
-        f"% {table.title}\n{notes}\n\\begin{{tabular}}{{{form}}}\n\\toprule\n{header} \\\\\n\\midrule\n{rows} \\\\\n"
-        "\\bottomrule\n\\end{tabular}\n"
-    )
+    body = [rf"\begin{{tabular}}{{{form}}}", r"\toprule", header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    notes = [rf"\par {{\footnotesize {note.translate(_LATEX)}}}" for note in table.notes]
+    return "\n".join([f"% {table.title}", *body, *notes]) + "\n"
 
 
 def as_csv(table: Table) -> str:
@@ -51,21 +60,21 @@ def as_csv(table: Table) -> str:
 
 
 def radar(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
-    """A radar of the columns that every row has, each axis from 0 to the highest of the rows."""
-    shared = [column for column in columns if all(row.scores.get(column) is not None for row in rows)]
-    angles = (np.pi / 2 - np.linspace(0, 2 * np.pi, len(shared), endpoint=False)) % (2 * np.pi)
-    top = {column: max(row.scores[column] or 0 for row in rows) or 1 for column in shared}
+    """A radar, each axis from 0 to the highest of the rows; a line has a gap where its row has no score."""
+    scores = {row.name: [row.scores.get(column) for column in columns] for row in rows}
+    tops = [max((score for score in column if score), default=1.0) for column in zip(*scores.values(), strict=True)]
+    angles = (np.pi / 2 - np.linspace(0, 2 * np.pi, len(columns), endpoint=False)) % (2 * np.pi)
     figure, axes = plt.subplots(figsize=(6.4, 5.6), subplot_kw={"projection": "polar"})
     for row in rows:
-        shares = [(row.scores[column] or 0) / top[column] for column in shared]
-        style = "-" if row.ours else "--"
-        axes.plot([*angles, *angles[:1]], [*shares, *shares[:1]], style, label=row.name, linewidth=1.6)
-    labels = [f"{column}\n{top[column]:.1f}" for column in shared]
+        shares = [np.nan if score is None else score / top for score, top in zip(scores[row.name], tops, strict=True)]
+        style, label = "o-" if row.ours else "--", row.name.replace("$", r"\$")
+        axes.plot([*angles, *angles[:1]], [*shares, *shares[:1]], style, label=label, linewidth=1.6, markersize=3)
+    labels = [f"{column}\n{top:.1f}" for column, top in zip(columns, tops, strict=True)]
     axes.set_xticks(angles, labels, fontsize=8)
-    axes.tick_params(axis="x", pad=14)
+    axes.tick_params(axis="x", pad=20)
     axes.set_ylim(0, 1.05)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], [])
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=8, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
@@ -73,7 +82,11 @@ def radar(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
 FORMATS: dict[str, Callable[[Table], str]] = {"md": markdown, "tex": latex, "csv": as_csv}
 
 
-def _lines(table: Table, best: str, second: str) -> list[list[str]]:
+_BEST, _SECOND, _END = "\0", "\1", "\2"
+"""Around what is best and second, until a format writes it its way."""
+
+
+def _lines(table: Table) -> list[list[str]]:
     lines = [["", *table.columns]]
     for i, row in enumerate(table.rows):
         cells = []
@@ -81,10 +94,10 @@ def _lines(table: Table, best: str, second: str) -> list[list[str]]:
             score = row.scores.get(column)
             text = EMPTY if score is None else f"{score:.1f}"
             if (i, column) in table.best:
-                text = best.format(text)
+                text = f"{_BEST}{text}{_END}"
             elif (i, column) in table.second:
-                text = second.format(text)
-            cells.append(text if score is None else text + row.marks.get(column, "").replace("*", r"\*"))
+                text = f"{_SECOND}{text}{_END}"
+            cells.append(text if score is None else text + row.marks.get(column, ""))
         lines.append([row.name, *cells])
     for label, values in table.improvements.items():
         known = [values[column] for column in table.columns]
@@ -92,11 +105,9 @@ def _lines(table: Table, best: str, second: str) -> list[list[str]]:
     return lines
 
 
-def _escaped(text: str) -> str:
-    text = text.replace(r"\*", "*")
-    for found, written in _LATEX.items():
-        text = text.replace(found, written)
-    return text
+def _marked(text: str, best: str, best_end: str, second: str, second_end: str) -> str:
+    end = best_end if _BEST in text else second_end
+    return text.replace(_BEST, best).replace(_SECOND, second).replace(_END, end)
 
 
 def _plain(value: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,23 @@ from typing import Any
 import yaml
 
 PAPERS = Path(__file__).with_name("papers.yaml")
-PART, ASKED, DATA, OTHER_SCORER = "*", "‡", "§", "†"
+PART, ASKED, DATA, METRIC, OTHER_SCORER = "*", "‡", "§", "¶", "†"
 LEGEND = {
-    PART: "not all rows of the split, or another split",
-    ASKED: "asked in another way than the first of our rows (prompt, or decoding)",
-    DATA: "on other data than the first of our rows",
+    PART: "not all rows of the split, or another split than the first of our rows in this column",
+    ASKED: "asked in another way than the first of our rows in this column (prompt, or decoding)",
+    DATA: "on other data than the first of our rows in this column",
+    METRIC: "by another task or metric than the first of our rows in this column",
 }
-_PER_COLUMN = {"prompt": "prompt", "decoding": "decoding", "until": "decoding", "data": "data", "split": "split"}
+_PER_COLUMN = {
+    "task": ("task", METRIC),
+    "metric": ("metric", METRIC),
+    "prompt": ("prompt", ASKED),
+    "decoding": ("decoding", ASKED),
+    "until": ("decoding", ASKED),
+    "data": ("data", DATA),
+    "split": ("split", PART),
+}
+"""Field of a column in results.json: what it is called, and the mark of rows that differ in it."""
 
 
 @dataclass
@@ -27,7 +37,7 @@ class Row:
     Attributes:
         scores: by column; None is a column that was not measured.
         marks: by column, what to know before comparing.
-        rule: the attention rule, where the row is ours.
+        rule: the attention rule, where it is known.
         record: all of `results.json`, where the row is ours.
     """
 
@@ -71,12 +81,14 @@ def read_results(path: Path) -> Row:
     file = path / "results.json" if path.is_dir() else path
     try:
         record = json.loads(file.read_text())
-        columns, settings = record["columns"], record["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} holds no results of `aki eval` ({type(error).__name__}).") from error
-    scores = {name: entry["score"] for name, entry in columns.items()}
-    marks = {name: PART for name, entry in columns.items() if entry.get("rows") != entry.get("of")}
-    return Row(record["name"], record["scorer"], scores, marks, settings.get("rule"), record)
+        scores = {
+            name: None if entry["score"] is None else float(entry["score"]) for name, entry in record["columns"].items()
+        }
+        marks = {name: PART for name, entry in record["columns"].items() if entry.get("rows") != entry.get("of")}
+        return Row(str(record["name"]), record["scorer"], scores, marks, record["settings"].get("rule"), record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} holds no results of `aki eval` ({reason}).") from error
 
 
 def paper_tables(paper: str, ours: Sequence[Row]) -> list[Table]:
@@ -89,22 +101,24 @@ def paper_tables(paper: str, ours: Sequence[Row]) -> list[Table]:
     if paper not in papers:
         raise ValueError(f"there are no tables of {paper!r}; there are those of {', '.join(papers)}.")
     names = [row.name for row in ours]
-    if len(set(names)) < len(names):
-        raise ValueError("two results have one name: give each its own with `aki eval --name`.")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two results are named {name}: give each its own with `aki eval --name`.")
     columns, scorer = papers[paper]["columns"], papers[paper]["scorer"]
     for row in ours:
         if not set(row.scores) & set(columns):
             raise ValueError(
                 f"the results of {row.name} have no column of the tables of {paper}: run `aki eval` on it."
             )
-    _mark_differences(ours)
+    _mark_differences(ours, columns)
     tables = []
     for printed in papers[paper]["tables"]:
+        rules = {name: rule for rule, name in printed.get("rules", {}).items()}
         theirs = [
-            Row(f"{name}{OTHER_SCORER}", scorer, dict(zip(columns, scores, strict=True)))
+            Row(f"{name}{OTHER_SCORER}", scorer, dict(zip(columns, scores, strict=True)), rule=rules.get(name))
             for name, scores in printed["rows"].items()
         ]
-        improvements = _improvements(_named(theirs, printed), columns) | _improvements(_by_rule(ours), columns)
+        improvements = _improvements(theirs, columns) | _improvements(ours, columns)
         tables.append(_table(f"{printed['name']}: {printed['title']}", columns, [*theirs, *ours], scorer, improvements))
     return tables
 
@@ -120,11 +134,10 @@ def differences(ours: Sequence[Row]) -> list[str]:
         if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
             found.append(f"{name} differs: " + ", ".join(f"{row} {value}" for row, value in values.items()))
     for column in dict.fromkeys(name for row in ours for name in row.scores):
-        for key, what in _PER_COLUMN.items():
-            entries = {row.name: _record(row)["columns"].get(column) for row in ours}
-            values = {row: _identity(entry[key]) for row, entry in entries.items() if entry and key in entry}
-            if len(set(values.values())) > 1:
-                found.append(f"{column}: {what} differs between {', '.join(values)}")
+        for key, (what, _) in _PER_COLUMN.items():
+            known = _recorded(ours, column, key)
+            if len({value for _, value in known}) > 1:
+                found.append(f"{column}: {what} differs between {', '.join(row.name for row, _ in known)}")
     return list(dict.fromkeys(found))
 
 
@@ -143,24 +156,19 @@ def _record(row: Row) -> dict[str, Any]:
     return row.record
 
 
-def _mark_differences(ours: Sequence[Row]) -> None:
-    for row in ours[1:]:
-        for column, entry in _record(row)["columns"].items():
-            first = _record(ours[0])["columns"].get(column)
-            if not first:
-                continue
-            marks = row.marks.get(column, "")
-            for key, mark in (
-                ("split", PART),
-                ("prompt", ASKED),
-                ("decoding", ASKED),
-                ("until", ASKED),
-                ("data", DATA),
-            ):
-                both = key in entry and key in first
-                if both and _identity(entry[key]) != _identity(first[key]) and mark not in marks:
-                    marks += mark
-            row.marks[column] = marks
+def _recorded(ours: Sequence[Row], column: str, key: str) -> list[tuple[Row, str]]:
+    """The rows that say something of a column, with what they say."""
+    entries = [(row, _record(row)["columns"].get(column, {})) for row in ours]
+    return [(row, _identity(entry[key])) for row, entry in entries if key in entry]
+
+
+def _mark_differences(ours: Sequence[Row], columns: Sequence[str]) -> None:
+    for column in columns:
+        for key, (_, mark) in _PER_COLUMN.items():
+            known = _recorded(ours, column, key)
+            for row, value in known[1:]:
+                if value != known[0][1] and mark not in row.marks.get(column, ""):
+                    row.marks[column] = row.marks.get(column, "") + mark
 
 
 def _table(
@@ -189,36 +197,31 @@ def _table(
 
 def _reason(row: Row, column: str) -> str:
     entry = (row.record or {}).get("columns", {}).get(column)
-    return "not evaluated" if entry is None else entry["note"] or "no score"
+    return "not evaluated" if entry is None else entry.get("note") or "no score"
 
 
-def _named(rows: list[Row], printed: dict[str, Any]) -> dict[str, Row]:
-    """The paper's rows that improvements are counted from, and the one that is counted."""
-    by_name = {row.name.removesuffix(OTHER_SCORER): row for row in rows}
-    return {rule: by_name[printed[rule]] for rule in ("causal", "concentric", "mma") if rule in printed}
+def _improvements(rows: Sequence[Row], columns: list[str]) -> dict[str, dict[str, float | None]]:
+    """(row - base) / base in percent: of every rule over causal, and of mma over concentric (CCA) too.
 
-
-def _by_rule(rows: Iterable[Row]) -> dict[str, Row]:
-    """The first of our rows of each rule."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        found.setdefault(row.rule or "", row)
-    return found
-
-
-def _improvements(rows: dict[str, Row], columns: list[str]) -> dict[str, dict[str, float | None]]:
-    """(row - base) / base in percent of every rule over causal, and of mma over concentric (CCA) too."""
-    pairs = [(row, rows["causal"]) for rule, row in rows.items() if rule != "causal" and "causal" in rows]
-    if "mma" in rows and "concentric" in rows:
-        pairs.append((rows["mma"], rows["concentric"]))
+    The base is the first row of that rule with a model of the same type.
+    """
+    others = [row for row in rows if row.rule not in (None, "causal")]
+    pairs = [(row, "causal") for row in others] + [(row, "concentric") for row in others if row.rule == "mma"]
     found: dict[str, dict[str, float | None]] = {}
-    for row, base in pairs:
+    for row, rule in pairs:
+        base = next((base for base in rows if base.rule == rule and _model_type(base) == _model_type(row)), None)
+        if base is None:
+            continue
         values: dict[str, float | None] = {}
         for column in columns:
             score, start = row.scores.get(column), base.scores.get(column)
             values[column] = (score - start) / start * 100 if score is not None and start else None
         found[f"{row.name} over {base.name}, %"] = values
     return found
+
+
+def _model_type(row: Row) -> str | None:
+    return row.record["settings"].get("model_type") if row.record else None
 
 
 def _identity(value: Any) -> str:
