@@ -35,6 +35,11 @@ COMMANDS: tuple[Any, ...] = (
     Serve,
 )
 TAKE_RECIPE_FIELDS = (Train, Compare, Data)  # --sft.steps 100
+GOES_ON = {
+    Train: " The same command with --resume goes on from the last checkpoint.",
+    Compare: " The same command goes on.",
+    Eval: " The same command goes on.",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,9 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise RecipeError(f"aki {name} does not know {' '.join(rest)}; see aki {name} --help.")
         command.run(rest)
     except KeyboardInterrupt:
-        trains = isinstance(command, TAKE_RECIPE_FIELDS)
-        goes_on = " `aki train --resume` goes on, and so does the same `aki compare`." if trains else ""
-        print(f"\naki: interrupted.{goes_on}", file=sys.stderr)
+        print(f"\naki: interrupted.{GOES_ON.get(type(command), '')}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"aki: {error}", file=sys.stderr)
