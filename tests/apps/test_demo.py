@@ -228,8 +228,8 @@ class TestPage:
 @in_a_browser
 def test_a_client_that_leaves_in_the_middle_does_not_keep_the_model(loaded, browser, scene):
     model, processor = loaded
-    blocks = serve(model, processor, host="127.0.0.1", port=None, max_new_tokens=200, block=False)
-    slow = model.register_forward_pre_hook(lambda *_: sleep(0.05))
+    blocks = serve(model, processor, host="127.0.0.1", port=None, max_new_tokens=60, block=False)
+    slow = model.register_forward_pre_hook(lambda *_: sleep(0.1))
     try:
         leaving, staying = browser.new_context().new_page(), browser.new_context().new_page()
         leaving.goto(blocks.local_url)
@@ -292,6 +292,11 @@ def test_a_reader_that_hangs_up_frees_the_model(loaded, scene):
     next(reading)
     reading.close()
     assert not reader.lock.locked()
+
+
+def test_a_port_that_cannot_be_had(loaded):
+    with pytest.raises(OSError, match=r"port 99999 of 127.0.0.1 cannot be had: choose another with --port"):
+        serve(*loaded, host="127.0.0.1", port=99999, max_new_tokens=6, block=False)
 
 
 def test_the_page_listens_here_alone_by_default():

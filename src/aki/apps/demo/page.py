@@ -246,7 +246,7 @@ def serve(
             js=SCRIPT,
             prevent_thread_lock=True,
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise OSError(f"port {port} of {host} cannot be had: choose another with --port.") from error
     print(f"{page.blocks.local_url} (Ctrl-C ends it)", flush=True)
     if block:

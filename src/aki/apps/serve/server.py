@@ -78,7 +78,10 @@ def serve(engine: Engine, host: str, port: int, limits: Limits, *, remote_images
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"])
     elif api_key is None:
         print(f"aki: {host} can be reached by others, and there is no --api-key.", file=sys.stderr)
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"port {port} of {host} cannot be had: {getattr(error, 'strerror', None) or error}.") from error
     protocol = type("Protocol", (ImpatientProtocol,), {"patience": limits.patience})
     config = uvicorn.Config(
         app, http=protocol, ws="none", log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False
