@@ -145,7 +145,7 @@ def test_chat_takes_pictures_pipes_and_scripts(model_folder, capsys, monkeypatch
     arguments = ["chat", str(model_folder), "--image", scene, "--image", scene, "--max-new-tokens", "4"]
     main([*arguments, "how many?"])
     plain = capsys.readouterr().out.strip()
-    monkeypatch.setattr("sys.stdin", io.StringIO("how many?"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("how many?\n"))
     main([*arguments, "--json", "--rule", "mma"])
     row = json.loads(capsys.readouterr().out)
     assert row["answer"] == plain

@@ -9,9 +9,10 @@ import pexpect
 import pytest
 from PIL import Image
 
-from aki.apps.chat import answer
+from aki.apps.chat import Chat, answer
 from aki.apps.loading import load
 from aki.apps.streaming import Answer
+from aki.cli import main
 
 QUESTION = "how many digits are red?"
 
@@ -167,7 +168,6 @@ class TestUnlocked:
 
     def test_chats_by_rule(self, llava, scene):
         from aki import lock
-        from aki.apps.chat import Chat
 
         chat = Chat(*load(llava, unlock=True), max_new_tokens=8)
         assert chat.rule == "mma"
@@ -212,6 +212,14 @@ def tokenizer_template():
     )
 
 
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "[31mred"), (False, "\x1b[31mred")])
+def test_a_terminal_gets_no_control_characters(model_folder, terminal, shown, monkeypatch, capsys):
+    monkeypatch.setattr(Chat, "ask", lambda self, question, emit: emit("\x1b[31mred"))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    main(["chat", str(model_folder), "what?"])
+    assert capsys.readouterr().out == shown + "\n"
+
+
 class TestTerminal:
     """At a real terminal: a pseudo-terminal under the command."""
 
@@ -249,17 +257,24 @@ class TestTerminal:
                 child.expect_exact(text)
             child.expect("> ")
 
+        says("/save", "nothing was said yet")
         says("/image none.png", "aki: there is no picture at none.png.")
+        says("/image http://127.0.0.1:1/none.png", "could not be fetched: ", "Connection refused")
         says(f"/image '{scene}'", "24 x 24 pixels, picture for the next question")
         first = generated(chat, [user(QUESTION, scene)])
         says(QUESTION, first)
         turns = [user(QUESTION, scene), {"role": "assistant", "content": first}, user("and green?")]
         says("and green?", generated(chat, turns))
-        says("/save out.json", "2 turns in out.json")
+        for _ in range(2):
+            says("/save out.json", "2 turns in out.json")
         assert len(json.loads((tmp_path / "out.json").read_text())["messages"]) == 4
+        (tmp_path / "own.txt").write_text("mine")
+        says("/save own.txt", "aki: own.txt is there already")
+        says("/save nowhere/out.json", "aki: nowhere/out.json cannot be written: No such file or directory.")
+        assert (tmp_path / "own.txt").read_text() == "mine"
         says("/reset", "forgotten")
-        # Arrow up, four lines back: the question again, without the picture.
-        child.send("\x1b[A" * 4)
+        # Arrow up, six lines back (twice the same is one): the question again, without the picture.
+        child.send("\x1b[A" * 6)
         child.expect_exact(QUESTION)
         child.sendline("")
         child.expect_exact(generated(chat, [user(QUESTION)]))

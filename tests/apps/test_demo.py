@@ -1,6 +1,7 @@
 """The web page in a real browser: Debian's Chromium, driven by Playwright."""
 
 import shutil
+from base64 import b64encode
 from io import BytesIO
 from itertools import pairwise
 from time import sleep
@@ -8,7 +9,7 @@ from time import sleep
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from aki.apps.demo.page import serve
 from aki.apps.demo.reading import Reader, opened, overlays
@@ -127,6 +128,55 @@ class TestPage:
         text.write_text("no picture")
         upload(page, text)
         page.get_by_text("This file is not a picture").wait_for()
+        upload(page, scene)
+        page.locator("#message").wait_for(state="hidden")
+        page.locator("#question textarea").fill("what is <image>?")
+        page.locator("#ask").click()
+        page.get_by_text("<image> tokens").wait_for()
+
+    def test_a_pasted_picture(self, page, scene):
+        """Ctrl+V where somebody types; once more, over the picture that is there."""
+        put = "async data => navigator.clipboard.write([new ClipboardItem({'image/png': (await fetch(data)).blob()})])"
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        for colour in ("red", "blue"):
+            picture = BytesIO()
+            Image.new("RGB", (8, 8), colour).save(picture, "PNG")
+            page.evaluate(put, "data:image/png;base64," + b64encode(picture.getvalue()).decode())
+            page.locator("#question textarea").focus()
+            page.keyboard.press("Control+v")
+            page.wait_for_function(
+                "old => { const i = document.querySelector('#picture img'); return i && i.src !== old }",
+                arg=getattr(page, "old", ""),
+            )
+            page.old = page.locator("#picture img").get_attribute("src")
+            got = Image.open(BytesIO(page.request.get(page.old).body())).convert("RGB")
+            assert got.getcolors() == [(64, ImageColor.getrgb(colour))]
+
+    def test_two_at_once_get_their_own(self, page, browser, site, loaded, scene, tmp_path):
+        """Two users, each with a question of theirs; and the last of two clicks counts, however fast they come."""
+        other = tmp_path / "other.png"
+        Image.new("RGB", (40, 20), "blue").save(other)
+        second = browser.new_context().new_page()
+        second.goto(site)
+        second.wait_for_selector("#picture input[type=file]", state="attached")
+        users = [(page, scene, QUESTION), (second, other, "is there a green 7?")]
+        for user, picture, question in users:
+            upload(user, picture)
+            user.locator("#picture img").wait_for()
+            user.locator("#question textarea").fill(question)
+        for user, _, _ in users:
+            user.locator("#ask").click()
+        for user, picture, question in users:
+            user.locator("#question-words label").first.wait_for()
+            found = [explain(*loaded, picture, question, attention_rule=r, max_new_tokens=6) for r in ("causal", "mma")]
+            assert user.locator("#answer-mma textarea").input_value() == found[1].answer
+            user.evaluate("[1, 2].forEach(n => document.querySelectorAll('#question-words input')[n].click())")
+            wanted, sentence = overlays(found, "question", 2, None)[1]
+            user.wait_for_function(
+                "said => document.querySelector('#caption-mma')?.innerText.trim() === said", arg=sentence
+            )
+            np.testing.assert_array_equal(pixels(user, "mma"), np.asarray(wanted))
+        second.context.close()
 
     @pytest.mark.parametrize(
         "page", [{"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "has_touch": True}], indirect=True
@@ -178,8 +228,8 @@ class TestPage:
 @in_a_browser
 def test_a_client_that_leaves_in_the_middle_does_not_keep_the_model(loaded, browser, scene):
     model, processor = loaded
-    blocks = serve(model, processor, host="127.0.0.1", port=None, max_new_tokens=200, block=False)
-    slow = model.register_forward_pre_hook(lambda *_: sleep(0.05))
+    blocks = serve(model, processor, host="127.0.0.1", port=None, max_new_tokens=60, block=False)
+    slow = model.register_forward_pre_hook(lambda *_: sleep(0.1))
     try:
         leaving, staying = browser.new_context().new_page(), browser.new_context().new_page()
         leaving.goto(blocks.local_url)
@@ -242,6 +292,11 @@ def test_a_reader_that_hangs_up_frees_the_model(loaded, scene):
     next(reading)
     reading.close()
     assert not reader.lock.locked()
+
+
+def test_a_port_that_cannot_be_had(loaded):
+    with pytest.raises(OSError, match=r"port 99999 of 127.0.0.1 cannot be had: choose another with --port"):
+        serve(*loaded, host="127.0.0.1", port=99999, max_new_tokens=6, block=False)
 
 
 def test_the_page_listens_here_alone_by_default():

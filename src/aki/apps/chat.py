@@ -98,7 +98,7 @@ class Chat:
         """
         turns = [{**m, "content": [_without_pixels(part) for part in m["content"]]} for m in self.messages]
         written = {"model": self.model.name_or_path, "rule": self.rule, "messages": turns}
-        Path(path).write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+        Path(path).write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _without_pixels(part: dict[str, Any]) -> dict[str, Any]:

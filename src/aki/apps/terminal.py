@@ -31,6 +31,7 @@ class Terminal:
             "/quit": ("or Ctrl-D: leave", self.quit),
         }
         self.leaving = False
+        self.saved: set[Path] = set()
 
     def run(self) -> None:
         # The import gives input() arrow keys and a history.
@@ -58,7 +59,7 @@ class Terminal:
             if line.startswith("/"):
                 self.command(line)
             else:
-                self.chat.ask(line, lambda piece: self.say(_printable(piece), end="", flush=True))
+                self.chat.ask(line, lambda piece: self.say(printable(piece), end="", flush=True))
                 self.say()
         except KeyboardInterrupt:
             self.say(" (stopped)")
@@ -87,8 +88,16 @@ class Terminal:
         self.say(f"rule {self.chat.rule}")
 
     def save(self, path: str) -> None:
+        if not self.chat.messages:
+            raise ValueError("nothing was said yet: there is no chat to save.")
         file = Path(path or time.strftime("chat-%Y%m%d-%H%M%S.json")).expanduser()
-        self.chat.save(file)
+        if file.exists() and file.resolve() not in self.saved:
+            raise ValueError(f"{file} is there already: give the chat another name.")
+        try:
+            self.chat.save(file)
+        except OSError as error:
+            raise ValueError(f"{file} cannot be written: {error.strerror}.") from error
+        self.saved.add(file.resolve())
         self.say(f"{len(self.chat.messages) // 2} turns in {file}")
 
     def reset(self, _: str) -> None:
@@ -104,6 +113,6 @@ class Terminal:
         self.leaving = True
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without control characters, which a terminal would obey."""
     return "".join(character for character in text if character.isprintable() or character in "\n\t")

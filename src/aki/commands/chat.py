@@ -33,10 +33,11 @@ class Chat:
     def run(self, overrides: list[str]) -> None:
         from aki.apps.chat import Chat as Conversation
         from aki.apps.chat import load
-        from aki.apps.terminal import Terminal
+        from aki.apps.terminal import Terminal, printable
 
         interactive = self.question is None and sys.stdin.isatty() and not self.json
-        question = None if interactive else (self.question if self.question is not None else sys.stdin.read())
+        # A pipe ends with a line break that nobody asked.
+        question = None if interactive else (self.question if self.question is not None else sys.stdin.read().strip())
         chat = Conversation(*load(self.model, self.unlock), self.max_new_tokens)
         if self.rule is not None:
             chat.set_rule(self.rule)
@@ -47,7 +48,8 @@ class Chat:
         elif self.json:
             self.print_json(chat, question)
         else:
-            chat.ask(question, lambda piece: print(piece, end="", flush=True))
+            shown = printable if sys.stdout.isatty() else str
+            chat.ask(question, lambda piece: print(shown(piece), end="", flush=True))
             print()
 
     def print_json(self, chat: Any, question: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from serving import message, picture_bytes
 
 from aki.apps.serve.batching import Batcher, collate, fit_together
 from aki.apps.serve.images import decoded_image
-from aki.apps.serve.job import Job
+from aki.apps.serve.job import Job, Sampler
 from aki.apps.serve.limits import Limits, Refused
 from aki.apps.serve.schema import ChatRequest
 from aki.apps.serve.text import AnswerText
@@ -135,6 +136,39 @@ def test_one_bad_request_does_not_take_the_others_with_it(engine, caplog):
     assert [said[0], *said[2:]] == wanted
 
 
+@pytest.mark.parametrize("part", ["sampler", "text"])
+def test_a_request_that_fails_in_the_middle_of_its_answer_fails_alone(engine, part, caplog):
+    caplog.set_level(logging.CRITICAL)
+    wanted = answers(engine, [job(engine, shade=1)])[0][0]
+
+    class Failing:
+        stopped, steps = False, 0
+
+        def push(self, token):
+            self.steps += 1
+            return "x" if self.steps < 3 else 1 / 0
+
+        def draw(self, ids, scores):
+            return 0 * len(self.push(0))
+
+    others = [job(engine, shade=1), job(engine, shade=1)]
+    bad = job(engine, shade=5)
+    setattr(bad, part, Failing())
+    said, sizes = answers(engine, [others[0], bad, others[1]])
+    assert sizes == [3]
+    assert isinstance(said[1], ZeroDivisionError)
+    assert [said[0], said[2]] == [wanted, wanted]
+    assert bad.tokens == (3 if part == "text" else 2)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-38, 1e-9])
+def test_a_temperature_near_0_is_greedy(temperature):
+    scores = torch.tensor([-torch.inf, 40.0, 3e38, -3e38])
+    for factor in (1.0, 1e-37):
+        assert Sampler(temperature, None, 0).draw(torch.tensor([1]), scores * factor) == 2
+        assert Sampler(temperature, 0.5, 0).draw(torch.tensor([1]), scores * factor) == 2
+
+
 def test_an_answer_that_nobody_waits_for_is_not_begun(engine):
     gone, one = job(engine, tokens=100), job(engine, tokens=3)
     gone.cancelled = True
@@ -162,6 +196,31 @@ def test_a_full_queue(engine):
         with batcher.place():
             pass
         batcher.close()
+
+    asyncio.run(run())
+
+
+def test_who_hangs_up_leaves_the_queue(engine):
+    free = threading.Event()
+
+    async def run():
+        batcher = Batcher(engine, Limits(max_waiting=2, max_batch=1))
+        running, gone, staying = (job(engine, tokens=3) for _ in range(3))
+        with engine.model.register_forward_pre_hook(lambda *_: free.wait(20) and None):
+            batcher.submit(running)
+            while batcher.waiting:
+                await asyncio.sleep(0.01)
+            batcher.submit(gone)
+            batcher.submit(staying)
+            with pytest.raises(Refused), batcher.place():
+                pass
+            batcher.drop(gone)
+            with batcher.place():
+                pass
+            free.set()
+            assert "".join([piece async for piece in staying.pieces()])
+        batcher.close()
+        assert gone.tokens == 0
 
     asyncio.run(run())
 

@@ -132,6 +132,11 @@ class TestSizes:
         parts = {"role": "user", "content": [{"type": "text", "text": ""}] * 10_000}
         refused(post(strict, asked([parts])), 400, "content", "at most 1000")
 
+    def test_a_body_of_nothing_but_small_values_is_not_parsed(self, strict):
+        for small in (b"[]", b"{}", b'"n":0', b"0"):
+            body = b'{"model": "tiny", "messages": [' + (small + b",") * 100_001 + b"0]}"
+            refused(post(strict, body), 400, "commas", "too_many_parts")
+
     def test_an_answer_without_a_number_of_tokens_ends_at_the_limit_or_the_context(self, strict):
         assert post(strict, asked()).json()["usage"]["completion_tokens"] == 50
         near = post(strict, asked([message("how " * 210)])).json()
@@ -236,6 +241,10 @@ class TestBodies:
     )
     def test_what_is_no_request(self, strict, body):
         refused(post(strict, body), 400)
+
+    @pytest.mark.parametrize("body", [b"{", b"\0", b'{"model": tiny}', b"model=tiny"])
+    def test_what_is_not_json(self, strict, body):
+        assert refused(post(strict, body), 400, "the body: this is not JSON.")["param"] is None
 
     @pytest.mark.parametrize(
         ("change", "word"),
@@ -347,6 +356,22 @@ class TestSlowClients:
             assert b" 408 " in said
             assert b"not there after 1 seconds" in said
             assert time.monotonic() - started < 5
+
+    @pytest.mark.parametrize("length", [1000, 10**9])
+    def test_a_body_that_goes_on_after_its_answer(self, engine, length):
+        """Refused for its missing key, without a look at its body."""
+        with (
+            running(engine, LIMITS, api_key="sesame") as port,
+            socket.create_connection(("127.0.0.1", port)) as connection,
+        ):
+            connection.sendall(head(length))
+            assert b" 401 " in connection.recv(65536)
+            started = time.monotonic()
+            with suppress(ConnectionResetError, BrokenPipeError):
+                while time.monotonic() - started < 5:
+                    connection.sendall(b" ")
+                    time.sleep(0.1)
+            assert time.monotonic() - started < 4
 
     def test_many_of_them_are_in_nobodys_way(self, engine):
         with running(engine) as port:

@@ -83,6 +83,8 @@ def says(capsys, *arguments):
 
 
 def test_what_cannot_be_served_is_said_in_a_sentence(model_folder, llava_folder, tmp_path, capsys):
+    assert "port 99999 of 127.0.0.1 cannot be had" in says(capsys, model_folder, "--port", "99999")
+    assert "port 8000 of no.such.host cannot be had" in says(capsys, model_folder, "--host", "no.such.host")
     assert "there is no model folder" in says(capsys, tmp_path / "nothing")
     assert "add --unlock" in says(capsys, llava_folder)
 

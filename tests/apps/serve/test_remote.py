@@ -14,8 +14,9 @@ import pytest
 from serving import WEB, data_url, message, picture_bytes, running
 
 from aki.apps.serve import remote
+from aki.apps.serve.images import image_files
 from aki.apps.serve.limits import Limits, Refused
-from aki.apps.serve.remote import PublicNetwork, fetch, is_public
+from aki.apps.serve.remote import PublicNetwork, is_public
 
 LIMITS = Limits(max_body_mb=1, patience=1.0)
 
@@ -43,6 +44,9 @@ LIMITS = Limits(max_body_mb=1, patience=1.0)
         "fc00::1",
         "ff02::1",
         "2001:db8::1",
+        "fec0::1",
+        "64:ff9b:1::7f00:1",
+        "::127.0.0.1",
         "::ffff:127.0.0.1",
         "::ffff:10.0.0.1",
         "64:ff9b::7f00:1",
@@ -112,6 +116,11 @@ def website():
                 self.send(picture_bytes(40))
             elif place == "large":
                 self.send(b"x" * 1_200_000)
+            elif place == "half":
+                self.send(b"x" * 600_000)
+            elif place == "rather-slow":
+                time.sleep(0.4)
+                self.send(b"x")
             elif place == "slow":
                 self.send_response(200)
                 self.end_headers()
@@ -156,17 +165,17 @@ def home_is_public(monkeypatch):
     monkeypatch.setattr(remote, "is_public", lambda address: address == "127.0.0.1" or honest(address))
 
 
-def got(url):
-    return asyncio.run(fetch(url, LIMITS))
+def got(*urls):
+    return asyncio.run(image_files(list(urls), LIMITS, remote=True))
 
 
 @pytest.mark.usefixtures("home_is_public")
 class TestFetch:
     def test_a_picture(self, site):
-        assert got(site[0] + "/picture") == picture_bytes(40)
+        assert got(site[0] + "/picture") == [picture_bytes(40)]
 
     def test_a_redirect(self, site):
-        assert got(f"{site[0]}/redirect?/redirect?/picture") == picture_bytes(40)
+        assert got(f"{site[0]}/redirect?/redirect?/picture") == [picture_bytes(40)]
 
     @pytest.mark.parametrize("to", ["http://127.0.0.2/picture", "http://[::1]/picture", "http://169.254.169.254/"])
     def test_a_redirect_to_a_private_address(self, site, to):
@@ -187,6 +196,18 @@ class TestFetch:
         with pytest.raises(Refused, match="larger than the 1 MB"):
             got(site[0] + "/large")
 
+    def test_too_large_together(self, site):
+        half = site[0] + "/half"
+        assert len(got(half, data_url(b"x" * 900_000))) == 2
+        with pytest.raises(Refused, match="larger than the 1 MB"):
+            got(half, half)
+
+    def test_too_slow_together(self, site):
+        started = time.monotonic()
+        with pytest.raises(Refused, match="could not be fetched"):
+            got(*[site[0] + "/rather-slow"] * 8)
+        assert time.monotonic() - started < 2
+
     def test_too_slow(self, site):
         started = time.monotonic()
         with pytest.raises(Refused, match="could not be fetched"):
@@ -203,6 +224,9 @@ class TestFetch:
             "http://no such host/",
             "http://xn--/",
             "https://{port}",
+            "http://exämple.test/",
+            "{site}/é",
+            "http://①②⑦.0.0.1/",
         ],
     )
     def test_nothing_there(self, site, url):
@@ -213,7 +237,7 @@ class TestFetch:
     def test_proxies_of_the_environment_are_not_asked(self, site, monkeypatch):
         monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
         monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
-        assert got(site[0] + "/picture") == picture_bytes(40)
+        assert got(site[0] + "/picture") == [picture_bytes(40)]
 
 
 def post(port, url):

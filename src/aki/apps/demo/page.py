@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from aki.models.rule import base_model
 from aki.plots import Part
 
 STYLE = (Path(__file__).parent / "page.css").read_text()
+SCRIPT = (Path(__file__).parent / "page.js").read_text()
 THEME = gr.themes.Default(
     primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
@@ -106,6 +108,8 @@ class Page:
             *figures,
         ]
         options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        # Otherwise Gradio drops what is clicked while the click before is answered.
+        options |= {"trigger_mode": "always_last"}
         gr.on(
             [self.ask.click, self.question.submit],
             self.read,
@@ -155,7 +159,7 @@ class Page:
         others = [e.answer for e in explanations[:-1]] if explanations else [""] * (len(self.answers) - 1)
         layers = [] if own is None else [(f"{i + 1}", i) for i in range(len(own.question_maps))]
         return [
-            gr.update(value=f"⚠ {message}" if message else "", visible=bool(message)),
+            gr.update(value=f"⚠ {escape(message)}" if message else "", visible=bool(message)),
             *others,
             answer,
             explanations or None,
@@ -239,9 +243,10 @@ def serve(
             footer_links=[],
             theme=THEME,
             css=STYLE,
+            js=SCRIPT,
             prevent_thread_lock=True,
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise OSError(f"port {port} of {host} cannot be had: choose another with --port.") from error
     print(f"{page.blocks.local_url} (Ctrl-C ends it)", flush=True)
     if block:

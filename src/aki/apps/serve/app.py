@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from aki.apps.serve.batching import Batcher
 from aki.apps.serve.engine import Engine
 from aki.apps.serve.gate import Gate
-from aki.apps.serve.images import decoded_image, image_bytes
+from aki.apps.serve.images import decoded_image, image_files
 from aki.apps.serve.job import Job, Sampler
 from aki.apps.serve.limits import Limits, Refused, failed
 from aki.apps.serve.metrics import Metrics
@@ -65,7 +65,7 @@ class Service:
         if len(urls) > limits.max_images:
             message = f"the request has {len(urls)} images, this server takes up to {limits.max_images}."
             raise Refused(400, message, "too_many_images", "messages")
-        files = [await image_bytes(url, limits, self.remote_images) for url in urls]
+        files = await image_files(urls, limits, self.remote_images)
         loop = asyncio.get_running_loop()
         inputs = await loop.run_in_executor(self.readers, self._inputs, chat, files)
         sampler = Sampler(chat.temperature, chat.top_p, chat.seed) if chat.temperature else None
@@ -90,7 +90,7 @@ class Service:
 
     def done(self, job: Job) -> None:
         """Nobody waits for this answer any more, because it is there or because nobody is there."""
-        job.cancelled = True
+        self.batcher.drop(job)
         self.metrics.tokens.inc(job.tokens)
 
 
@@ -217,7 +217,9 @@ async def _on_invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
     where = ".".join(str(step) for step in first["loc"][1:])
     said = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("model_attributes_type", "missing") and not where:
+    if first["type"] == "json_invalid":
+        where, said = "", "this is not JSON"
+    elif first["type"] in ("model_attributes_type", "missing") and not where:
         said = "send a JSON object, with Content-Type: application/json"
     message = f"{where or 'the body'}: {said}."
     return await _on_refused(request, Refused(400, message, "invalid_request", where or None))

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 WAIT = 0.03
 """Seconds at most that a batch waits for requests which are being read; with none on their way it starts at once."""
 
+Deliver = Callable[[list[tuple[Job, Event]]], None]
+
 _PADS = {"attention_mask": 0, "prompt_block_ids": -1}
 
 
@@ -71,6 +73,13 @@ class Batcher:
             self.waiting.append(job)
             self._changed.notify()
 
+    def drop(self, job: Job) -> None:
+        """Nobody waits for this answer any more: it ends if it is begun, and leaves the queue if it is not."""
+        with self._changed:
+            job.cancelled = True
+            if job in self.waiting:
+                self.waiting.remove(job)
+
     def close(self) -> None:
         """Let the batch that runs come to its end, and stop."""
         with self._changed:
@@ -97,7 +106,7 @@ class Batcher:
             return batch
 
     def _answer(self, batch: list[Job]) -> None:
-        batch = [job for job in batch if not job.cancelled]
+        batch = [job for job in batch if not job.cancelled and job.finish is None]
         if not batch:
             return
         self.on_batch(len(batch))
@@ -124,7 +133,7 @@ class Batcher:
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
             pad_token_id=self.engine.pad_token_id,
-            logits_processor=[_OwnSampling(batch)],
+            logits_processor=[_OwnSampling(batch, self._deliver)],
             stopping_criteria=[_Rows(batch, self._deliver)],
         )
 
@@ -143,29 +152,36 @@ def _hand_out(events: list[tuple[Job, Event]]) -> None:
 class _OwnSampling(LogitsProcessor):
     """Leaves a row that samples the token that it drew, so that all rows can go on greedily."""
 
-    def __init__(self, jobs: list[Job]):
-        self._jobs = jobs
+    def __init__(self, jobs: list[Job], deliver: Deliver):
+        self._jobs, self._deliver = jobs, deliver
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for row, job in enumerate(self._jobs):
             if job.sampler is not None and job.finish is None:
-                token = job.sampler.draw(input_ids[row], scores[row])
+                try:
+                    token = job.sampler.draw(input_ids[row], scores[row])
+                except Exception as error:
+                    self._deliver([(job, job.fail(error))])
+                    continue
                 scores[row] = -torch.inf
                 scores[row, token] = 0.0
         return scores
 
 
 class _Rows(StoppingCriteria):
-    """Hands each row its new token, and stops the rows that are at their end."""
+    """Hands each row its new token, and stops the rows that are at their end or that failed, those alone."""
 
-    def __init__(self, jobs: list[Job], deliver: Callable[[list[tuple[Job, Event]]], None]):
+    def __init__(self, jobs: list[Job], deliver: Deliver):
         self._jobs, self._deliver = jobs, deliver
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
         events: list[tuple[Job, Event]] = []
         for job, token in zip(self._jobs, input_ids[:, -1].tolist(), strict=True):
             if job.finish is None:
-                events += [(job, event) for event in job.take(token)]
+                try:
+                    events += [(job, event) for event in job.take(token)]
+                except Exception as error:
+                    events.append((job, job.fail(error)))
         if events:
             self._deliver(events)
         return torch.tensor([job.finish is not None for job in self._jobs], device=input_ids.device)

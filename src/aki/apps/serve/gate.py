@@ -19,6 +19,10 @@ BODIES = 16
 """Bodies of the largest size that are held at a time, so that many large ones don't fill the memory."""
 
 
+MOST_COMMAS = 100_000
+"""In a body: one of nothing but small values would keep the server from everybody else while it is read."""
+
+
 class Gate:
     """An ASGI application around another.
 
@@ -78,6 +82,10 @@ class Gate:
             raise refused or Refused(408, slow, "too_slow", headers={"Connection": "close"}) from error
         if refused is not None:
             raise refused
+        if body.count(b",") > MOST_COMMAS:
+            raise Refused(
+                400, f"the body has more than {MOST_COMMAS} commas: no chat has so many parts.", "too_many_parts"
+            )
 
     def _too_much(self, have: int, more: int) -> Refused | None:
         if have + more > self.limits.max_body:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
@@ -17,22 +18,28 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Pillow knows dozens more; some start other programs, few have been attacked as much as these."""
 
 
-async def image_bytes(url: str, limits: Limits, remote: bool) -> bytes:
-    """The file that an image part names.
+async def image_files(urls: list[str], limits: Limits, remote: bool) -> list[bytes]:
+    """The files that the image parts of a request name.
 
     Args:
-        remote: whether http and https are allowed.
+        remote: whether http and https are allowed. All that are fetched share the size and the time of one body.
 
     Raises:
-        Refused: the string is no data URL and no URL that is allowed, or the file is too large.
+        Refused: a string is no data URL and no URL that is allowed, or the files are too large.
     """
-    scheme = url.partition(":")[0].lower()
-    if scheme == "data":
-        return _decoded(url)
-    if scheme in ("http", "https") and remote:
-        return await fetch(url, limits)
-    allowed = "a data URL, or an http(s) URL" if remote else "a data URL (this server fetches no remote images)"
-    raise _refused(f"an image must be {allowed}.", "invalid_image_url")
+    files, fetched = [], 0
+    until = asyncio.get_running_loop().time() + limits.patience
+    for url in urls:
+        scheme = url.partition(":")[0].lower()
+        if scheme == "data":
+            files.append(_decoded(url))
+        elif scheme in ("http", "https") and remote:
+            files.append(await fetch(url, limits, fetched, until))
+            fetched += len(files[-1])
+        else:
+            allowed = "a data URL, or an http(s) URL" if remote else "a data URL (this server fetches no remote images)"
+            raise _refused(f"an image must be {allowed}.", "invalid_image_url")
+    return files
 
 
 def decoded_image(data: bytes, limits: Limits) -> Image.Image:

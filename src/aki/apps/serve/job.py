@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from aki.apps.serve.text import AnswerText
+
+logger = logging.getLogger(__name__)
 
 Event = str | BaseException | None
 """A piece of the answer, what went wrong, or the end."""
@@ -25,7 +28,7 @@ class Job:
     Attributes:
         inputs: of the model, a batch of one.
         max_tokens: of the answer.
-        finish: why the answer ended: stop, length, cancelled; None while it goes on.
+        finish: why the answer ended: stop, length, cancelled, failed; None while it goes on.
         cancelled: set when nobody waits for the answer any more.
         tokens: generated so far, with the one that ends the answer.
     """
@@ -68,6 +71,12 @@ class Job:
         piece += self.text.end()
         return [piece, None] if piece else [None]
 
+    def fail(self, error: Exception) -> Event:
+        """End the answer with a fault that is this request's own."""
+        logger.error("a request failed", exc_info=error)
+        self.finish = "failed"
+        return error
+
     async def pieces(self) -> AsyncIterator[str]:
         """The answer as it comes; pieces that are there already, because the server is busy, come as one.
 
@@ -103,7 +112,8 @@ class Sampler:
 
     def draw(self, ids: Tensor, scores: Tensor) -> int:
         """A token, from scores of shape (vocabulary,) and the ids before it, (length,)."""
-        row = scores[None]
+        # Divided by a temperature near 0, scores above 0 would be infinite.
+        row = (scores - scores.max()).double()[None]
         for warp in self._warpers:
             row = warp(ids[None], row)
         return int(torch.multinomial(row.softmax(-1).cpu(), 1, generator=self._generator))

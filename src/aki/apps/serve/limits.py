@@ -10,7 +10,7 @@ class Limits:
     """All limits hold for one request, unless they say otherwise."""
 
     max_body_mb: int = 20
-    """Megabytes of the body, and of a remote image."""
+    """Megabytes of the body, and of its remote images together."""
     max_images: int = 8
     max_megapixels: int = 25
     """Of one image, before it is decoded."""

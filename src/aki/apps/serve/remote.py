@@ -26,6 +26,10 @@ _HTTP_ERRORS = (
 )
 
 
+_UNICAST = ipaddress.ip_network("2000::/3")
+"""All public IPv6 addresses so far; the rest has old site-local ones and several ways to write an IPv4 address."""
+
+
 class NotPublic(Exception):
     """A name that leads to an address which is none of the clients' business."""
 
@@ -33,7 +37,7 @@ class NotPublic(Exception):
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet; IPv6 addresses that stand for IPv4 ones never are."""
     ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip.teredo):
+    if isinstance(ip, ipaddress.IPv6Address) and (ip not in _UNICAST or ip.sixtofour or ip.teredo):
         return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
@@ -60,8 +64,12 @@ class PublicNetwork(httpcore.AsyncNetworkBackend):
         return await self.inner.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
 
 
-async def fetch(url: str, limits: Limits) -> bytes:
+async def fetch(url: str, limits: Limits, have: int, until: float) -> bytes:
     """What is at a URL.
+
+    Args:
+        have: bytes that were fetched for the same request before.
+        until: when to give up, in the time of the running loop.
 
     Raises:
         Refused: an address that is not public, too many bytes, or no image there; why not stays unsaid, or a client
@@ -69,11 +77,11 @@ async def fetch(url: str, limits: Limits) -> bytes:
     """
     try:
         async with (
-            asyncio.timeout(limits.patience),
+            asyncio.timeout_at(until),
             httpcore.AsyncConnectionPool(network_backend=PublicNetwork()) as pool,
         ):
             for _ in range(REDIRECTS + 1):
-                location, body = await _get(pool, url, limits.max_body)
+                location, body = await _get(pool, url, limits, have)
                 if location is None:
                     return body
                 url = urljoin(url, location)
@@ -85,11 +93,11 @@ async def fetch(url: str, limits: Limits) -> bytes:
     raise _unreachable()
 
 
-async def _get(pool: httpcore.AsyncConnectionPool, url: str, max_bytes: int) -> tuple[str | None, bytes]:
+async def _get(pool: httpcore.AsyncConnectionPool, url: str, limits: Limits, have: int) -> tuple[str | None, bytes]:
     """Where a redirect leads, or the body."""
     if urlsplit(url).scheme not in ("http", "https"):
         raise ValueError("another scheme")
-    async with pool.stream("GET", url) as response:
+    async with pool.stream("GET", url.encode("ascii")) as response:
         if response.status in (301, 302, 303, 307, 308):
             locations = [value for name, value in response.headers if name.lower() == b"location"]
             return (locations[0].decode("ascii") if locations else ""), b""
@@ -98,8 +106,8 @@ async def _get(pool: httpcore.AsyncConnectionPool, url: str, max_bytes: int) -> 
         body = bytearray()
         async for chunk in response.aiter_stream():
             body += chunk
-            if len(body) > max_bytes:
-                message = f"a remote image is larger than the {max_bytes // 1_000_000} MB that this server takes."
+            if have + len(body) > limits.max_body:
+                message = f"the remote images are larger than the {limits.max_body_mb} MB that this server takes."
                 raise Refused(413, message, "body_too_large", "messages")
         return None, bytes(body)
 

@@ -93,8 +93,11 @@ class ChatRequest(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if value is not None and name not in _WITHOUT_EFFECT and value not in _NEUTRAL.get(name, ()):
                 raise ValueError(f"the parameter {name[:50]!r} is not supported here: leave it out")
-        if any("\ud800" <= character <= "\udfff" for text in self.texts() for character in text):
-            raise ValueError("the text of a message is not Unicode")
+        try:
+            for text in self.texts():
+                text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the text of a message is not Unicode") from error
         if self.messages[-1].role != "user":
             raise ValueError("the last message must be the user's")
         return self

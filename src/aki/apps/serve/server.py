@@ -8,7 +8,6 @@ import socket
 import sys
 from typing import Any
 
-import h11
 import uvicorn
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -23,7 +22,8 @@ GRACE = 300
 
 
 class ImpatientProtocol(H11Protocol):
-    """uvicorn waits for ever for the head of a request, and for a client to take in its answer; this does not."""
+    """uvicorn waits for ever for the head of a request, for what is left of a body that was answered already, and for a
+    client to take in its answer; this does not."""
 
     patience = 20.0
     _timer: asyncio.TimerHandle | None = None
@@ -36,7 +36,7 @@ class ImpatientProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
         elif self._timer is None:
             self._wait()
@@ -78,7 +78,10 @@ def serve(engine: Engine, host: str, port: int, limits: Limits, *, remote_images
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"])
     elif api_key is None:
         print(f"aki: {host} can be reached by others, and there is no --api-key.", file=sys.stderr)
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"port {port} of {host} cannot be had: {getattr(error, 'strerror', None) or error}.") from error
     protocol = type("Protocol", (ImpatientProtocol,), {"patience": limits.patience})
     config = uvicorn.Config(
         app, http=protocol, ws="none", log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 
 class AnswerText:
-    """Pieces of text that, joined, are the decoded answer: no blanks before it, cut before the first stop string."""
+    """Pieces of text that, joined, are the decoded answer: no blanks before it, cut before the first stop string.
+
+    A piece is what the new tokens add to those of the piece before: decoders look at the token before, and take blanks
+    from where the tokens begin. (tokenizers' DecodeStream raises on bytes that are no text.)
+    """
 
     def __init__(self, tokenizer: Any, stops: list[str]):
         self._tokenizer, self._stops = tokenizer, StopStrings(stops)
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._decoded, self._begun = "", False
+        self._before: list[int] = []
+        self._new: list[int] = []
+        self._begun = False
 
     @property
     def stopped(self) -> bool:
@@ -23,16 +25,22 @@ class AnswerText:
 
     def push(self, token: int) -> str:
         """The text that is certain with this token."""
-        self._tokens.append(token)
-        piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
-        self._decoded += piece
+        self._new.append(token)
+        piece = self._added()
+        if not piece or piece.endswith("\ufffd"):  # Nothing, or half a character.
+            return ""
+        self._before, self._new = self._new, []
         return self._stops.push(self._without_blanks(piece))
 
     def end(self) -> str:
         """What was held back: the beginning of a stop string, half a character."""
-        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        rest = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
-        return self._stops.push(self._without_blanks(rest)) + self._stops.end()
+        return self._stops.push(self._without_blanks(self._added())) + self._stops.end()
+
+    def _added(self) -> str:
+        return self._decoded(self._before + self._new)[len(self._decoded(self._before)) :]
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return self._tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _without_blanks(self, piece: str) -> str:
         piece = piece if self._begun else piece.lstrip()
