@@ -211,7 +211,7 @@ def test_a_choice_is_logged_once(caplog):
         announce(choice)
         announce(choice)
     assert [record.getMessage() for record in caplog.records] == [str(choice)]
-    assert "merged attention: 0." in str(choice)
+    assert "merged attention: merged is expected to take 0." in str(choice)
 
 
 @pytest.mark.parametrize(
