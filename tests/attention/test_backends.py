@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_merged import largest_allocation
 from transformers import AutoConfig
 
 from aki import AkiConfig, AkiForConditionalGeneration
 from aki.attention.choice import announce, choose
+from aki.attention.kernels import _announce as announce_kernel
+from aki.attention.kernels import choose_kernel
 from aki.attention.rectangles import plan_parts
 from aki.attention.rules import RULES, Rule, get_rule
 from aki.layout import build_layout
+from aki.training.trainer import guard_batch
 
 DEVICES = [
     "cpu",
@@ -206,7 +211,58 @@ def test_a_choice_is_logged_once(caplog):
         announce(choice)
         announce(choice)
     assert [record.getMessage() for record in caplog.records] == [str(choice)]
-    assert "merged attention: 0." in str(choice)
+    assert "merged attention: merged is expected to take 0." in str(choice)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "name"),
+    [
+        ("cpu", torch.float64, 10, "aten flash, CPU"),
+        ("cuda", torch.bfloat16, 64, "aten flash, CUDA"),
+        ("cuda", torch.float16, 60, "aten efficient, CUDA"),
+        ("cuda", torch.float16, 264, "aten efficient, CUDA"),
+        ("cuda", torch.float32, 64, "aten efficient, CUDA"),
+    ],
+)
+def test_the_kernel_goes_by_device_dtype_and_width_and_says_why(caplog, device, dtype, width, name):
+    announce_kernel.cache_clear()
+    with caplog.at_level(logging.INFO, "aki.attention"):
+        kernels = [choose_kernel(stand_in(device, dtype, width)) for _ in range(2)]
+    assert {kernel.name for kernel in kernels} == {name}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"merged attention is computed by {name}: {kernels[0].reason}"
+    ]
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.float64), ("mps", torch.float32)])
+def test_where_there_is_no_kernel_a_sentence_names_another_way(device, dtype):
+    with pytest.raises(ValueError, match=f"no kernel for {dtype} on '{device}': load .* attn_implementation='sdpa'"):
+        choose_kernel(stand_in(device, dtype, 64))
+
+
+def stand_in(device, dtype, width):
+    """For a tensor on a device that this machine lacks."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 2, 8, width))
+
+
+@pytest.mark.parametrize("implementation", ["merged", "auto"])
+def test_a_training_step_holds_nothing_of_length_by_length(implementation):
+    """Guard, layout, plan, rotary embeddings and all: the largest allocation is smaller than a boolean mask."""
+    length, answer = 2048, 1900
+    model = build(implementation).train()
+    ids = torch.full((1, length), 5)
+    ids[:, : PATCHES * 2] = IMAGE
+    blocks = torch.where(torch.arange(length)[None] < answer, 0, -1)
+    inputs = {"input_ids": ids, "prompt_block_ids": blocks, "pixel_values": torch.randn(2, 3, 32, 32)}
+    labels = ids.masked_fill(blocks == 0, -100)
+
+    def step():
+        guard_batch(model, inputs | {"labels": labels})
+        model(**inputs, labels=labels).loss.backward()
+
+    assert largest_allocation(step) < length * length
+    model.set_attn_implementation({"text_config": "sdpa"})
+    assert largest_allocation(step) >= length * length
 
 
 @pytest.mark.parametrize("device", DEVICES)

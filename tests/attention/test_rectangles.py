@@ -52,4 +52,5 @@ def test_runs_leave_out_padding():
 
 def test_masks_are_not_plans():
     assert is_plan(encode_plan([]))
-    assert not any(is_plan(mask) for mask in (None, torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.bool)))
+    ones = [torch.ones(1, 1, 2, 2, dtype=dtype) for dtype in (torch.float32, torch.bool, torch.int64)]
+    assert not any(is_plan(mask) for mask in (None, *ones))

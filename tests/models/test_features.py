@@ -64,7 +64,25 @@ def test_other_weights_and_another_precision_are_other_features(model, pixels, t
 def test_the_lower_precision_is_taken_only_within_the_tolerance(model, pixels):
     encode = model.patch_features
     assert lowest_precision(encode, pixels, tolerance=0.05) == torch.bfloat16
-    assert lowest_precision(encode, pixels, tolerance=1e-6) is None
+    assert lowest_precision(encode, pixels, tolerance=1e-6) == torch.float32
+
+
+def test_an_autocast_around_the_model_leaves_the_encoder_in_the_precision_that_was_settled(model, pixels):
+    model.vision_encoder.requires_grad_(False)
+    exact = model.patch_features(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(model.patch_features(pixels), exact)
+        model.encoder_dtype = lowest_precision(model.patch_features, pixels, tolerance=0)
+        assert torch.equal(model.patch_features(pixels), exact)
+
+
+def test_a_file_of_features_that_cannot_be_read_is_written_again(model, pixels, tmp_path):
+    cache = FeatureCache(tmp_path, model.vision_encoder)
+    wanted = cache(pixels, model.patch_features)
+    damaged = sorted(tmp_path.rglob("*.safetensors"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:5])
+    assert torch.allclose(cache(pixels, model.patch_features), wanted, atol=1e-6)
+    assert torch.allclose(cache(pixels, lambda missing: pytest.fail("all are there")), wanted, atol=1e-6)
 
 
 def test_features_in_a_lower_precision_reach_the_connector_in_its_own(model, pixels):

@@ -34,6 +34,7 @@ def test_every_recipe_of_the_repository_loads(name):
         (lambda v: v["sft"].update(steps=True), "sft.steps should be int"),
         (lambda v: v["sft"].update(steps=0), "steps must be at least 1"),
         (lambda v: v["sft"].update(learning_rate=-1), "learning_rate must be positive"),
+        (lambda v: v["sft"].update(packing=True, row_tokens=400), "must fit a packed row, which has row_tokens: 400"),
         (lambda v: v["sft"].update(eval_every=-1), "eval_every cannot be negative"),
         (lambda v: v["sft"].update(frozen=["vision_encoder", "connector", "language_model"]), "nothing left to train"),
         (lambda v: v["sft"].update(learning_rate="fast"), "sft.learning_rate should be float"),

@@ -73,7 +73,8 @@ def choose(
             return Choice("merged", f"the batch is {_CUDA_LENGTH} tokens long or longer")
         return Choice("dense", f"the batch is shorter than {_CUDA_LENGTH} tokens")
     merged, dense = merged_cost(parts, heads, dtype), dense_cost(shape, heads)
-    compared = f"{merged / dense:.2f} times the dense mask's time expected, for {shape[0]} x {shape[1]} tokens"
+    times = f"{merged / dense:.2f} times the dense mask's time"
+    compared = f"merged is expected to take {times} for {shape[0]} x {shape[1]} tokens"
     return Choice("merged" if merged < _MARGIN * dense else "dense", compared)
 
 

@@ -7,11 +7,15 @@ backward takes any output and log-sum-exp, so also those of a softmax over more 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 Shape = bool | Tensor
@@ -54,20 +58,30 @@ class Kernel:
 
 
 def choose_kernel(query: Tensor) -> Kernel:
-    """The kernel for this device, dtype and head width, with the reason.
+    """The kernel for this device, dtype and head width; logs it with the reason, the first time.
 
     Raises:
         ValueError: there is none.
     """
-    if query.device.type == "cpu":
-        return CPU_FLASH
-    if query.device.type == "cuda":
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        return CUDA_FLASH if half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 else CUDA_EFFICIENT
-    raise ValueError(
-        f"merged attention has no kernel for the device {query.device.type!r}: load the language model with "
-        "attn_implementation='sdpa'."
-    )
+    device, width = query.device.type, query.shape[-1]
+    if device == "cpu":
+        kernel = CPU_FLASH
+    elif device == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256:
+        kernel = CUDA_FLASH
+    elif device == "cuda" and query.dtype != torch.float64:
+        kernel = CUDA_EFFICIENT
+    else:
+        raise ValueError(
+            f"merged attention has no kernel for {query.dtype} on {device!r}: load the language model with "
+            "attn_implementation='sdpa'."
+        )
+    _announce(kernel)
+    return kernel
+
+
+@cache
+def _announce(kernel: Kernel) -> None:
+    logger.info("merged attention is computed by %s: %s", kernel.name, kernel.reason)
 
 
 def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, shape: Shape, scale: float) -> tuple[Tensor, Tensor]:

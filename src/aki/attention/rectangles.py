@@ -112,8 +112,8 @@ def decode_plan(plan: Tensor) -> list[Part]:
 
 
 def is_plan(mask: object) -> TypeGuard[Tensor]:
-    """Masks are boolean or floating; a plan is integer."""
-    return isinstance(mask, Tensor) and mask.dtype == torch.int64
+    """Masks are boolean or floating; a plan is integers, so many a call."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.int64 and mask.shape[-1] == len(Part._fields)
 
 
 def squares_and_rectangles(parts: list[Part], masked_length: int) -> tuple[list[tuple[Part, list[Part]]], list[Part]]:

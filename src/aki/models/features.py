@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,28 +25,32 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 def lowest_precision(
     encode: Callable[[Tensor], Tensor], pixel_values: Tensor, tolerance: float = TOLERANCE
-) -> torch.dtype | None:
-    """bfloat16 where the device has it and it keeps these images' features within the tolerance; else None.
+) -> torch.dtype:
+    """bfloat16 where the device has it and it keeps these images' features within the tolerance; else the encoder's.
 
     Args:
         encode: (images, channels, height, width) -> (images, patches, width).
         pixel_values: some images, on the encoder's device.
     """
-    if not computes_bfloat16(pixel_values.device):
-        return None
+    device = pixel_values.device
     with torch.no_grad():
-        exact = encode(pixel_values).float().flatten(1)
-        with torch.autocast(pixel_values.device.type, torch.bfloat16):
+        with torch.autocast(device.type, enabled=False):
+            features = encode(pixel_values)
+        if not computes_bfloat16(device):
+            return features.dtype
+        with torch.autocast(device.type, torch.bfloat16):
             lower = encode(pixel_values).float().flatten(1)
+    exact = features.float().flatten(1)
     moved = (lower - exact).norm(dim=1) / exact.norm(dim=1)
-    return torch.bfloat16 if float(moved.max()) <= tolerance else None
+    return torch.bfloat16 if float(moved.max()) <= tolerance else features.dtype
 
 
 class FeatureCache:
     """Features on disk, a file an image, named by the image as the encoder gets it and by the encoder's weights.
 
     The pixels that go into the name are pre-processed, so another pre-processing is another name, and so is another
-    precision. Files are written whole or not at all; several processes may share a folder.
+    precision. Files are written whole or not at all, and one that cannot be read is written again; several processes
+    may share a folder.
     """
 
     def __init__(self, folder: str | Path, encoder: nn.Module, precision: torch.dtype | None = None):
@@ -62,21 +67,30 @@ class FeatureCache:
             (images, patches, width), as `encode` gave them.
         """
         paths = [self._path(image) for image in pixel_values]
-        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        found = {i: features for i, path in enumerate(paths) if (features := self._read(path)) is not None}
+        missing = [i for i in range(len(paths)) if i not in found]
         if missing:
             for i, features in zip(missing, encode(pixel_values[missing]), strict=True):
-                self._write(paths[i], features)
-        return torch.stack([load_file(path)["features"] for path in paths]).to(pixel_values.device)
+                found[i] = features.detach().cpu().contiguous()
+                self._write(paths[i], found[i])
+        return torch.stack([found[i] for i in range(len(paths))]).to(pixel_values.device)
 
     def _path(self, image: Tensor) -> Path:
         digest = hashlib.sha256(self.encoder + _bytes(image)).hexdigest()
         return self.folder / digest[:2] / f"{digest[2:]}.safetensors"
 
     @staticmethod
+    def _read(path: Path) -> Tensor | None:
+        try:
+            return load_file(path)["features"]
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    @staticmethod
     def _write(path: Path, features: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"features": features.detach().cpu().contiguous()}, partial)
+        save_file({"features": features}, partial)
         os.replace(partial, path)
 
 

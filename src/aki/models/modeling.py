@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 
 from aki.attention import Rule, get_rule, prepare_attention
 from aki.attention.backends import takes_prepared
-from aki.layout import IGNORE_INDEX, VIDEO, SequenceLayout, build_layout
+from aki.layout import IGNORE_INDEX, IMAGE, VIDEO, SequenceLayout, build_layout
 from aki.models.checks import (
     check_complete,
     check_count,
@@ -217,8 +217,13 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
         """An encoder's features, (items, features, width); a frozen encoder runs without gradient."""
         encoder = self.get_submodule(media.encoder)
         learns = any(parameter.requires_grad for parameter in encoder.parameters())
-        lower = self.encoder_dtype
-        precision = torch.autocast(values.device.type, lower) if lower is not None else nullcontext()
+        # It was settled on pictures; where it is, an autocast around the model changes nothing.
+        lower = self.encoder_dtype if media.modality == IMAGE else None
+        precision = (
+            nullcontext()
+            if lower is None
+            else torch.autocast(values.device.type, lower, enabled=lower != encoder.dtype)
+        )
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns), precision:
             features = encoder(values.to(encoder.dtype)).last_hidden_state
         # Class and register tokens come before the patches.

@@ -158,6 +158,11 @@ class StageRecipe:
         for name in ("log_every", "eval_every", "save_every", "warmup_steps", "min_learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name} cannot be negative, it is {getattr(self, name)}.")
+        if self.packing and self.row_tokens < self.max_length:
+            raise RecipeError(
+                f"a sample of up to max_length: {self.max_length} tokens must fit a packed row, which has row_tokens: "
+                f"{self.row_tokens}: raise row_tokens, or lower max_length."
+            )
         if self.learning_rate <= 0:
             raise RecipeError(f"learning_rate must be positive, it is {self.learning_rate}.")
         if set(self.frozen) == set(PARTS):
