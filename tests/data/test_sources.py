@@ -309,3 +309,14 @@ def test_an_augmented_region_is_where_the_picture_has_it(opened):
             assert max(y for _, y in inside) + 1 == pytest.approx(y2, abs=2)
             views.add((picture.size, x1 < picture.width / 3))
     assert len(views) > 12, "crops and flips differ"
+
+
+@pytest.mark.parametrize("caption", [" ", ".", "?!", None])
+def test_a_vsr_caption_without_words_is_no_question(tmp_path, caption):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg")
+    lines = [{"image_link": "http://x/train2017/1.jpg", "caption": text, "label": 1} for text in ("It is.", caption)]
+    (tmp_path / "vsr.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = open_source("vsr", annotations=tmp_path / "vsr.jsonl", images=tmp_path, cache=tmp_path / "cache")
+    with pytest.raises(BadSample) as error:
+        source[1]
+    assert error.value.reason == "empty text"
