@@ -89,7 +89,9 @@ def test_prefill_runs_the_output_layer_on_the_last_position(parts, monkeypatch):
 
 
 def packed(recipe):
-    return replace(recipe.sft, packing=True, row_tokens=100, batch_size=1, steps=6, save_every=2, eval_every=0)
+    return replace(
+        recipe.sft, packing=True, row_tokens=100, max_length=100, batch_size=1, steps=6, save_every=2, eval_every=0
+    )
 
 
 def test_a_packed_run_resumes_as_if_it_had_not_stopped(tiny_recipe, tmp_path, monkeypatch):
