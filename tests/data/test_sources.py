@@ -1,9 +1,11 @@
 """The paper's eleven sources over fixtures in their released formats; expected texts are written out by hand."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 
+import pyarrow
 import pytest
 from fixtures.make import COCO_IDS, SCENES, write
 from PIL import Image
@@ -413,3 +415,21 @@ def test_a_file_that_is_no_json_is_one_line(tmp_path):
             open_source("gqa", annotations=tmp_path / "q.json", images=tmp_path, cache=tmp_path / "cache")
         assert len(str(error.value).splitlines()) == 1
         assert "b'" not in str(error.value)
+
+
+def test_rows_stay_in_their_file_and_workers_get_none_of_them(tmp_path):
+    """What a worker is sent, and what Arrow holds in memory, are small beside the rows."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg")
+    question = "Is this one of the many questions, or is it another one? " * 4
+    write(tmp_path / "q.json", {str(i): {"imageId": "1", "question": question, "answer": "A"} for i in range(5000)})
+    options = {"annotations": tmp_path / "q.json", "images": tmp_path, "cache": tmp_path / "cache"}
+    open_source("gqa", **options)
+    held = pyarrow.total_allocated_bytes()
+    source = open_source("gqa", **options)
+    sent = pickle.dumps(source)
+    there = pickle.loads(sent)
+    assert there[4999].question.startswith(SHORT + "Is this")
+    size = source.rows.data.nbytes
+    assert size > 1_000_000
+    assert len(sent) < size / 20
+    assert pyarrow.total_allocated_bytes() - held < size / 20
