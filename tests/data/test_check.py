@@ -129,6 +129,7 @@ def test_what_cannot_be_looked_at_is_a_sentence(faulty, capsys):
         (["check", SFT, "--root", str(faulty / "nowhere"), "--tiny"], "nowhere"),
         (["show", "recipes/digits.yaml", "--picture", str(faulty)], "names no picture file"),
         (["show", "recipes/digits.yaml", "--n", "0"], "nothing to draw"),
+        (["check", "recipes/digits.yaml", "--limit", "-1"], "--limit is a number of samples"),
         (["show", "recipes/digits.yaml", "--stage", "sft", "--sft.batch", "3"], "--sft.batch"),
     ):
         with pytest.raises(SystemExit):

@@ -218,5 +218,25 @@ def test_wrong_columns_and_paths_are_sentences(opened, tmp_path):
             opened("datasets", path, columns=columns)
     with pytest.raises(SourceError, match="cannot be opened by `datasets`"):
         opened("datasets", tmp_path / "data.xyz", columns={"answer": "a"})
+    with pytest.raises(SourceError, match="columns should be a mapping"):
+        opened("datasets", path, columns=["a"])
     with pytest.raises(SourceError, match=r"missing a required .*'columns'"):
         opened("datasets", path)
+
+
+def test_a_data_set_that_holds_nothing_or_something_else_is_a_sentence(opened, tmp_path):
+    def says(name):
+        with pytest.raises(SourceError) as error:
+            opened("datasets", tmp_path / name, columns={"answer": "a"})
+        return str(error.value)
+
+    datasets.Dataset.from_dict({"a": []}).save_to_disk(tmp_path / "folder")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "heads.csv").write_text("q,a\n")
+    (tmp_path / "torn.json").write_text('{"a":')
+    (tmp_path / "table.xlsx").touch()
+    assert "holds no rows" in says("folder")
+    assert "holds no rows" in says("empty.jsonl")
+    assert "no data" in says("heads.csv")
+    assert "JSON parse error" in says("torn.json")
+    assert "none of .parquet, .json" in says("table.xlsx")

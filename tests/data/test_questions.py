@@ -23,7 +23,7 @@ from aki.data.sources.questions import yes_no_question
         ("The person touches the bus.", "Does the person touch the bus?"),
         ("The fish can swim.", "Can the fish swim?"),
         ("The cat has been fed.", "Has the cat been fed?"),
-        ("The cat has no tail.", "Does the cat have no tail?"),
+        ("The bus has red doors.", "Does the bus have red doors?"),
         # the verb of the statement, not of a clause in it
         ("The man who is standing is left of the dog.", "Is the man who is standing left of the dog?"),
         ("The vase that the flower is in is near the wall.", "Is the vase that the flower is in near the wall?"),
@@ -32,6 +32,10 @@ from aki.data.sources.questions import yes_no_question
         # words that are verbs elsewhere
         ("The can is on the table.", "Is the can on the table?"),
         ("The bed covers are on the floor.", "Are the bed covers on the floor?"),
+        ("The can contains the donut.", "Does the can contain the donut?"),
+        ("The trash can faces the chair.", "Does the trash can face the chair?"),
+        ("The can on the left is red.", "Is the can on the left red?"),
+        ("The looks of the dog are odd.", "Are the looks of the dog odd?"),
         # names keep their capital
         ("London is in England.", "Is London in England?"),
         ("There is a cat on the mat.", "Is there a cat on the mat?"),
@@ -41,6 +45,26 @@ from aki.data.sources.questions import yes_no_question
         ("The cat chases the dog.", "Is it true that the cat chases the dog?"),
         ("The cat is black. The dog is white.", "Is it true that the cat is black. The dog is white?"),
         ("Is the cat black?", "Is the cat black?"),
+        # marks that annotators leave
+        ("The cow is ahead of the person ?", "Is the cow ahead of the person?"),
+        ("The cat is on the mat;", "Is the cat on the mat?"),
+        ('"The cat is on the mat."', "Is the cat on the mat?"),
+        # moving a verb would make another sentence of these, or none
+        (
+            "The dog the man is holding is left of the car.",
+            "Is it true that the dog the man is holding is left of the car?",
+        ),
+        ("The bear sits on a chair and is red.", "Is it true that the bear sits on a chair and is red?"),
+        ("The cat is in and the dog is not.", "Is it true that the cat is in and the dog is not?"),
+        ("The room has painted walls.", "Is it true that the room has painted walls?"),
+        ("The cat ain't here.", "Is it true that the cat ain't here?"),
+        # yes to "Is there no cat?" may mean either
+        ("There is no cat on the mat.", "Is it true that there is no cat on the mat?"),
+        ("The cat is never on the mat.", "Is it true that the cat is never on the mat?"),
+        ("Nobody is on the horse.", "Is it true that nobody is on the horse?"),
+        # what is denied is not the whole of it
+        ("The cat is not on the mat but under it.", "Is it true that the cat is not on the mat but under it?"),
+        ("The dog must not be near the cat.", "Is it true that the dog must not be near the cat?"),
     ],
 )
 def test_statements_become_questions_with_the_same_answer(statement, question):
@@ -52,6 +76,7 @@ def test_statements_become_questions_with_the_same_answer(statement, question):
     [
         ("The cat is not under the table.", "Is the cat under the table?"),
         ("The dogs aren't near the cat.", "Are the dogs near the cat?"),
+        ("The cat is n't near the dog.", "Is the cat near the dog?"),
         ("The dogs aren\N{RIGHT SINGLE QUOTATION MARK}t near the cat.", "Are the dogs near the cat?"),
         ("The truck does not contain the dog.", "Does the truck contain the dog?"),
         ("The dog cannot see the cat.", "Can the dog see the cat?"),

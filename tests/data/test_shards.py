@@ -163,6 +163,7 @@ def test_malformed_members_are_counted_and_the_rest_is_read(tmp_path):
         ("h", {"jpg": b"no picture", "txt": ocr("broken")}),
         ("i", {"jpg": picture(size=(2, 2)), "txt": ocr("tiny")}),
         ("j", {"jpg": picture(), "txt": b'[{}, {"text": 3}]'}),
+        ("l", {"jpg": picture(), "txt": b'[{}, {"text": "half \\ud800"}]'}),
         ("k", good),
     ]
     url = write_shard(tmp_path / "bad.tar", members)

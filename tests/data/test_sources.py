@@ -1,9 +1,11 @@
 """The paper's eleven sources over fixtures in their released formats; expected texts are written out by hand."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 
+import pyarrow
 import pytest
 from fixtures.make import COCO_IDS, SCENES, write
 from PIL import Image
@@ -309,3 +311,125 @@ def test_an_augmented_region_is_where_the_picture_has_it(opened):
             assert max(y for _, y in inside) + 1 == pytest.approx(y2, abs=2)
             views.add((picture.size, x1 < picture.width / 3))
     assert len(views) > 12, "crops and flips differ"
+
+
+@pytest.mark.parametrize("caption", [" ", ".", "?!", None])
+def test_a_vsr_caption_without_words_is_no_question(tmp_path, caption):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg")
+    lines = [{"image_link": "http://x/train2017/1.jpg", "caption": text, "label": 1} for text in ("It is.", caption)]
+    (tmp_path / "vsr.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = open_source("vsr", annotations=tmp_path / "vsr.jsonl", images=tmp_path, cache=tmp_path / "cache")
+    with pytest.raises(BadSample) as error:
+        source[1]
+    assert error.value.reason == "empty text"
+
+
+SHORT_GQA = {"question": "Q", "answer": "A"}
+BESIDE_A_GOOD_ONE = {
+    "a name too long for a file system": ("gqa", {"1": SHORT_GQA | {"imageId": "x" * 300}}, "missing image"),
+    "more options than letters": (
+        "aokvqa",
+        [{"image_id": 1, "question": "Q", "question_id": "q", "choices": list("ab") * 14, "correct_choice_idx": 0}],
+        "malformed entry",
+    ),
+    "options that are no list": (
+        "aokvqa",
+        [{"image_id": 1, "question": "Q", "question_id": "q", "choices": "ab", "correct_choice_idx": 0}],
+        "malformed entry",
+    ),
+    "an annotation of no picture": ("refcoco", [{"id": 1, "bbox": [0, 0, 4, 4]}], "malformed entry"),
+    "a picture without a name": ("refcoco", [{"id": 1, "image_id": 1, "bbox": [0, 0, 4, 4]}], "malformed entry"),
+    "a picture without width": ("refcoco", [{"id": 1, "image_id": 2, "bbox": [0, 0, 4, 4]}], "malformed entry"),
+    "half of a surrogate pair": ("vsr", [{"caption": "It is \ud800."}], "malformed entry"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_A_GOOD_ONE)
+def test_one_broken_entry_does_not_take_the_others_with_it(tmp_path, name):
+    kind, bad, reason = BESIDE_A_GOOD_ONE[name]
+    for place in ("1.jpg", "train2017/000000000001.jpg"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place)
+    file = tmp_path / "annotations"
+    if kind == "gqa":
+        write(file, {"0": SHORT_GQA | {"imageId": "1"}} | bad)
+    elif kind == "aokvqa":
+        write(file, [bad[0] | {"choices": ["a", "b"]}, *bad])
+    elif kind == "refcoco":
+        whole = {"id": 0, "file_name": "1.jpg", "caption": "it", "width": 8, "height": 8}
+        images = [whole, {"id": 1, "width": 8, "height": 8}, {**whole, "id": 2, "width": 0}, {}]
+        write(file, {"images": images, "annotations": [{"id": 0, "image_id": 0, "bbox": [0, 0, 4, 4]}, *bad]})
+    else:
+        good = {"image_link": "http://x/train2017/000000000001.jpg", "caption": "It is.", "label": 1}
+        file.write_text("\n".join(json.dumps(good | more) for more in ({}, *bad)))
+    source = open_source(kind, annotations=file, images=tmp_path, cache=tmp_path / "cache")
+    assert source[0].answer
+    with pytest.raises(BadSample) as error:
+        source[1]
+    assert error.value.reason == reason
+    assert len(source) == 2
+
+
+def test_answers_and_sizes_may_be_lacking(tmp_path):
+    """In the second of two files."""
+    for name in ("COCO_train2014_000000000001.jpg", "1.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    questions = [{"question_id": number, "image_id": 1, "question": "Q"} for number in (1, 2)]
+    write(tmp_path / "q.json", {"questions": questions})
+    write(tmp_path / "a.json", {"annotations": [{"question_id": 1, "multiple_choice_answer": "A"}, {"question_id": 2}]})
+    region = {"image_id": 1, "phrase": "it", "x": 0, "y": 0, "width": 4, "height": 4}
+    regions = [{**region, "region_id": 1}, {**region, "region_id": 2, "image_id": 2}]
+    write(tmp_path / "r.json", [{"id": 1, "regions": regions}, {"id": 2}])
+    write(tmp_path / "i.json", [{"image_id": 1, "width": 8, "height": 8}, {"image_id": 2}, {}])
+    for kind, files, bad in (("vqav2", ("q.json", "a.json"), 1), ("visual_genome", ("r.json", "i.json"), 2)):
+        annotations = [tmp_path / name for name in files]
+        source = open_source(kind, annotations=annotations, images=tmp_path, cache=tmp_path / "cache")
+        assert source[0].answer in ("A", "it")
+        assert len(source) == 1 + bad
+        for index in range(1, len(source)):
+            with pytest.raises(BadSample, match="malformed entry"):
+                source[index]
+
+
+def test_a_circle_of_links_is_a_missing_image(tmp_path):
+    (tmp_path / "a.jpg").symlink_to(tmp_path / "b.jpg")
+    (tmp_path / "b.jpg").symlink_to(tmp_path / "a.jpg")
+    write(tmp_path / "q.json", {"1": SHORT_GQA | {"imageId": "a"}})
+    source = open_source("gqa", annotations=tmp_path / "q.json", images=tmp_path, cache=tmp_path / "cache")
+    with pytest.raises(BadSample, match="missing image"):
+        source[0]
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg")
+    text = json.dumps({"1": SHORT_GQA | {"imageId": "1"}})
+    (tmp_path / "q.json").write_text("\ufeff" + text)
+    source = open_source("gqa", annotations=tmp_path / "q.json", images=tmp_path, cache=tmp_path / "cache")
+    assert source[0].answer == "A"
+
+
+def test_a_file_that_is_no_json_is_one_line(tmp_path):
+    for broken in (b'{"1": {"imageId"', b"nothing", b'{"1": "\xe9"}', b""):
+        (tmp_path / "q.json").write_bytes(broken)
+        with pytest.raises(SourceError) as error:
+            open_source("gqa", annotations=tmp_path / "q.json", images=tmp_path, cache=tmp_path / "cache")
+        assert len(str(error.value).splitlines()) == 1
+        assert "b'" not in str(error.value)
+
+
+def test_rows_stay_in_their_file_and_workers_get_none_of_them(tmp_path):
+    """What a worker is sent, and what Arrow holds in memory, are small beside the rows."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg")
+    question = "Is this one of the many questions, or is it another one? " * 4
+    write(tmp_path / "q.json", {str(i): {"imageId": "1", "question": question, "answer": "A"} for i in range(5000)})
+    options = {"annotations": tmp_path / "q.json", "images": tmp_path, "cache": tmp_path / "cache"}
+    open_source("gqa", **options)
+    held = pyarrow.total_allocated_bytes()
+    source = open_source("gqa", **options)
+    sent = pickle.dumps(source)
+    there = pickle.loads(sent)
+    assert there[4999].question.startswith(SHORT + "Is this")
+    size = source.rows.data.nbytes
+    assert size > 1_000_000
+    assert len(sent) < size / 20
+    assert pyarrow.total_allocated_bytes() - held < size / 20

@@ -104,6 +104,17 @@ class TestExactness:
         wanted = load_published(source).to(dtype).state_dict()
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
 
+    def test_halves_of_different_precision_lose_none(self, source, tmp_path):
+        name = "lang_model.model.embed_tokens"
+        tensors = load_file(source / "model.safetensors")
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.bfloat16)
+        save_file(tensors, source / "model.safetensors")
+        convert(source, tmp_path / "out")
+        found = load_file(tmp_path / "out" / "model.safetensors")["language_model.model.embed_tokens.weight"]
+        added = tensors[f"{name}.additional_embedding.weight"]
+        assert torch.equal(found[-len(added) :], added)
+        assert torch.equal(found[: -len(added)], tensors[f"{name}.weight"].float()[: META["initial_tokenizer_len"]])
+
     def test_shards(self, tmp_path, converted):
         done = convert(published_folder(tmp_path / "source", tiny_tokenizer(), files=3), tmp_path / "out")
         assert done.files > 2
@@ -338,10 +349,49 @@ class TestRefusals:
         (source / "model-00002-of-00003.safetensors").unlink()
         self.refused(source, r"lacks weights that its .*index\.json names: model-00002-of-00003\.safetensors")
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {}}'])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "{",
+            "[]",
+            "{}",
+            '{"weight_map": {}}',
+            '{"weight_map": ["a"]}',
+            '{"weight_map": {"a": 1}}',
+            '{"weight_map": null}',
+        ],
+    )
     def test_a_broken_index(self, source, text):
         (source / "model.safetensors.index.json").write_text(text)
         self.refused(source, "is broken|lacks weights")
+
+    def test_an_index_cannot_reach_outside(self, tmp_path):
+        published_folder(tmp_path / "source/other", tiny_tokenizer())
+        source = published_folder(tmp_path / "source", tiny_tokenizer(), files=2)
+        index = {"weight_map": {"a": "other/model.safetensors"}}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+        self.refused(source, "gives no file of the folder")
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("embed_tokens.weight", r"embed_tokens\.weight is \(\), expected \(90, 32\)"),
+            ("embed_tokens.additional_embedding.weight", r"is \(\), expected \(added tokens, width\)"),
+        ],
+    )
+    def test_a_number_for_a_vocabulary(self, source, name, said):
+        tensors = load_file(source / "model.safetensors") | {f"lang_model.model.{name}": torch.tensor(1.0)}
+        save_file(tensors, source / "model.safetensors")
+        self.refused(source, said)
+
+    @pytest.mark.parametrize("value", [[0.5, 0.5], "half", [None, 0.5, 0.5]])
+    def test_means_that_are_none(self, tmp_path, value):
+        source = published_folder(tmp_path / "source", tiny_tokenizer(), norm_mean=value)
+        self.refused(source, "norm_mean in .* is .*: write one number, or three")
+
+    def test_a_deviation_of_zero(self, tmp_path):
+        self.refused(published_folder(tmp_path / "source", tiny_tokenizer(), norm_std=[0.5, 0, 0.5]), "has a zero")
 
     def test_a_shard_cut_off(self, tmp_path):
         source = published_folder(tmp_path / "source", tiny_tokenizer(), files=3)
@@ -367,7 +417,7 @@ class TestRefusals:
         (source / "tokenizer_config.json").unlink()
         self.refused(source, r"has no bos_token and no eos_token: .* own tokenizer_config\.json")
 
-    @pytest.mark.parametrize("value", ["90", -90, 0, 8.0, None])
+    @pytest.mark.parametrize("value", ["90", -90, 0, 8.0, True, None])
     def test_counts_that_are_none(self, tmp_path, value):
         source = published_folder(tmp_path / "source", tiny_tokenizer(), initial_tokenizer_len=value)
         self.refused(source, "initial_tokenizer_len in .* is .*, which is no count|has no initial_tokenizer_len")

@@ -159,6 +159,11 @@ def test_wrong_data_is_a_sentence(released, pretrained, tmp_path, capsys):
     assert "kale has 4 shard(s), 1 process(es) with 5 worker(s) each need 5" in says(capsys, wrong)
 
 
+def test_a_model_that_is_not_there_is_told_before_any_data_is_read(tmp_path, capsys):
+    arguments = short("sft", tmp_path / "nowhere", tmp_path / "run", "--start-from", tmp_path / "none")
+    assert f"{tmp_path}/none holds no model to start from: run the stage before it first." in says(capsys, arguments)
+
+
 def test_tiny_keeps_everything_but_the_parts():
     for path in (PRETRAIN, SFT):
         recipe = load_recipe(path)

@@ -42,6 +42,15 @@ def test_tokens_steps_and_flops():
     assert found.flops == pytest.approx(per_sample * 32 * 50_000)
 
 
+def test_packed_rows_hold_as_many_samples_as_fit_in():
+    recipe = load_recipe(SFT)
+    alone = estimate(recipe, recipe.sft, 8)
+    recipe.sft.packing, recipe.sft.row_tokens = True, 2000
+    packed = estimate(recipe, recipe.sft, 8)
+    assert packed.samples_a_step == 32 * 3, "655 tokens fit into 2,000 three times"
+    assert packed.flops == pytest.approx(3 * alone.flops)
+
+
 def test_memory_is_shared_under_fsdp():
     recipe = load_recipe(SFT)
     alone, shared = (estimate(recipe, recipe.sft, processes).memory for processes in (1, 8))
@@ -89,4 +98,13 @@ def test_processes_that_cannot_share_a_step_are_refused():
     recipe = load_recipe(SFT)
     with pytest.raises(RecipeError, match=r"a step has 8 batches \(8 devices x 1\), which 3 processes cannot share"):
         estimate(recipe, recipe.sft, 3)
+    with pytest.raises(RecipeError, match="processes must be at least 1, it is 0"):
+        estimate(recipe, recipe.sft, 0)
     assert [recipe.processes(available) for available in (1, 3, 4, 7, 8, 9)] == [1, 2, 4, 4, 8, 8]
+
+
+def test_a_length_without_room_for_a_picture_is_refused():
+    recipe = load_recipe(SFT)
+    recipe.sft.max_length = 144
+    with pytest.raises(RecipeError, match="max_length 144 leaves no room for text beside a picture's 144: raise it"):
+        estimate(recipe, recipe.sft, 8)

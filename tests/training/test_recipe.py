@@ -70,7 +70,10 @@ def test_numbers_as_yaml_writes_them(tmp_path):
     [
         ({"sources": [{"kind": "gqa"}]}, "the key 'sft.sources[0].annotations' is missing"),
         ({"sources": [{"kind": "gqa", "annotations": "a", "wait": 3}]}, "did you mean 'weight'"),
-        ({"sources": [{"kind": "gqa", "annotations": "a", "weight": -1}]}, "cannot be negative or all zero"),
+        ({"sources": [{"kind": "gqa", "annotations": "a", "weight": -1}]}, "are numbers from 0 on"),
+        ({"sources": [{"kind": "gqa", "annotations": "a", "weight": float("nan")}]}, "are numbers from 0 on"),
+        ({"sources": [{"kind": "gqa", "annotations": "a", "weight": 0}]}, "not all zero"),
+        ({"max_bad_share": 1.5}, "max_bad_share is a share, from 0 to 1"),
         ({"sources": [{"kind": "gqa", "annotations": "a"}], "shards": [{"kind": "kale", "urls": "u"}]}, "either"),
         ({"shards": [{"kind": "kale", "urls": "u"}], "mixture": "proportional"}, "use weights or uniform"),
         ({"shards": [{"kind": "kale", "urls": "u"}], "mixture": "evenly"}, "mixture 'evenly' is not known"),
@@ -84,6 +87,12 @@ def test_data_of_a_stage(tmp_path, change, message):
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(RecipeError, match=re.escape(message)):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("devices", 0), ("workers", -1), ("seed", -1)])
+def test_numbers_of_a_run(tmp_path, field, value):
+    with pytest.raises(RecipeError, match=f"{field} must be at least {value + 1}, it is {value}"):
+        load_recipe(write(tmp_path, lambda v: v.update({field: value})))
 
 
 def test_one_stage_is_a_recipe_and_none_is_not(tmp_path):

@@ -54,6 +54,8 @@ class Check:
     """As `aki train --tiny`: small pictures, and a tokenizer of the data's own text."""
 
     def run(self, overrides: list[str]) -> None:
+        if self.limit < 0:
+            raise ValueError(f"--limit is a number of samples, 0 for all, not {self.limit}.")
         recipe = _recipe(self.recipe, overrides, self.tiny)
         for stage in (self.stage,) if self.stage else recipe.stages:
             self._check(recipe, stage)

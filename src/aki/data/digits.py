@@ -269,10 +269,9 @@ class DigitScenes(Dataset):
         return Sample([user(image, question), assistant(answer)], "digits", name, skill)
 
 
-def corpus(grid: int, size: int = 2000) -> Iterator[str]:
+@cache
+def corpus(grid: int, size: int = 2000) -> tuple[str, ...]:
     """Texts that hold every word of the data, for training a tokenizer."""
-    for task in ("caption", "question"):
-        scenes = DigitScenes("train", task, size, image_size=8 * grid, grid=grid)
-        for index in range(size):
-            sample = scenes[index]
-            yield from (text for text in (sample.question, sample.answer) if text)
+    kinds = [DigitScenes("train", task, size, image_size=8 * grid, grid=grid) for task in ("caption", "question")]
+    samples = (scenes[index] for scenes in kinds for index in range(size))
+    return tuple(text for sample in samples for text in (sample.question, sample.answer) if text)

@@ -67,6 +67,7 @@ class ShardSet:
             raise BadSample(Reason.MISSING_IMAGE, f"it has no {', '.join(PICTURES)}.", self.name, key)
         try:
             caption = CAPTIONS[self.kind](member["txt"].decode())
+            str(caption).encode()  # JSON may write half of a surrogate pair, tokenizers refuse it
         except (KeyError, IndexError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
             detail = f"its txt is no {self.kind} caption: {error!r}"
             raise BadSample(Reason.MALFORMED, detail, self.name, key) from error

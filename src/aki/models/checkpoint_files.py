@@ -93,7 +93,10 @@ def _paths(folder: Path) -> list[Path]:
             raise CheckpointError(f"{folder} has no {WEIGHTS} and no {INDEX}.")
         return [folder / WEIGHTS]
     weight_map = read_json(folder / INDEX, "").get("weight_map", {})
-    paths = [folder / name for name in sorted(set(weight_map.values()))]
+    names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
+    if not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise CheckpointError(f"{folder / INDEX} is broken: its weight_map gives no file of the folder.")
+    paths = [folder / name for name in sorted(set(names))]
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
         raise CheckpointError(f"{folder} lacks weights that its {INDEX} names: {', '.join(missing) or 'all of them'}.")

@@ -127,14 +127,21 @@ def _image_processor(published: PublishedCheckpoint, size: tuple[int, int]) -> S
         raise CheckpointError(
             f"n_px in {published.folder}/config.json is {pixels}, the vision encoder takes {size[0]} x {size[1]}."
         )
-    mean, std = (_three(published.meta.get(name, 0.5)) for name in ("norm_mean", "norm_std"))
+    mean, std = (_three(published, name) for name in ("norm_mean", "norm_std"))
+    if not all(std):
+        raise CheckpointError(f"norm_std in {published.folder}/config.json has a zero: nothing is divided by that.")
     return SiglipImageProcessorPil(
         size={"height": pixels, "width": pixels}, resample=3, image_mean=mean, image_std=std, do_convert_rgb=True
     )
 
 
-def _three(value: float | list[float]) -> list[float]:
-    return [value] * 3 if isinstance(value, (int, float)) else list(value)
+def _three(published: PublishedCheckpoint, name: str) -> list[float]:
+    """A number for each colour; one is for all."""
+    value = published.meta.get(name, 0.5)
+    numbers = value if isinstance(value, list) else [value] * 3
+    if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
+        raise CheckpointError(f"{name} in {published.folder}/config.json is {value!r}: write one number, or three.")
+    return numbers
 
 
 @contextmanager

@@ -61,13 +61,15 @@ class PublishedCheckpoint:
             raise CheckpointError(
                 f"{folder}/config.json has no {', '.join(missing)}: it is not in the published layout."
             )
-        wrong = [key for key in _COUNTS if not isinstance(meta[key], int) or meta[key] < 1]
+        wrong = [key for key in _COUNTS if type(meta[key]) is not int or meta[key] < 1]
         if wrong:
             raise CheckpointError(f"{wrong[0]} in {folder}/config.json is {meta[wrong[0]]!r}, which is no count.")
         files = TensorFiles(folder)
         added = _ADDED["lang_model.model.embed_tokens.weight"]
         if added not in files.shapes:
             raise CheckpointError(f"{folder}/model.safetensors has no {added}: it is not in the published layout.")
+        if len(files.shapes[added]) != 2:
+            raise CheckpointError(f"{added} in {folder} is {files.shapes[added]}, expected (added tokens, width).")
         return cls(folder, meta, files)
 
     @property
@@ -120,8 +122,9 @@ class PublishedCheckpoint:
             )
 
     def dtype(self, ours: str) -> torch.dtype:
-        """Of a tensor by the name that it has in an `AkiForConditionalGeneration`."""
-        return self.files.dtypes[_published_name(ours)]
+        """Of a tensor by the name that it has in an `AkiForConditionalGeneration`; of halves what holds both."""
+        name = _published_name(ours)
+        return torch.promote_types(self.files.dtypes[name], self.files.dtypes[_ADDED.get(name, name)])
 
     def read(self, ours: str) -> Tensor:
         """A tensor by the name that it has in an `AkiForConditionalGeneration`; of vocabularies both halves."""
@@ -130,7 +133,7 @@ class PublishedCheckpoint:
             return self.files.read(name)
         added = self.files.read(_ADDED[name])
         rows = self.original_tokens + len(added)
-        joined = torch.empty((rows, *added.shape[1:]), dtype=self.files.dtypes[name])
+        joined = torch.empty((rows, *added.shape[1:]), dtype=self.dtype(ours))
         self.files.copy_rows(name, joined[: self.original_tokens])
         joined[self.original_tokens :] = added
         return joined
@@ -139,8 +142,7 @@ class PublishedCheckpoint:
         """As stored, the original vocabulary's without the rows of padding behind it."""
         shapes = dict(self.files.shapes)
         for name in _ADDED.keys() & shapes.keys():
-            rows, *rest = shapes[name]
-            shapes[name] = (min(rows, self.original_tokens), *rest)
+            shapes[name] = (*(min(rows, self.original_tokens) for rows in shapes[name][:1]), *shapes[name][1:])
         return shapes
 
     def _backbone(self, key: str, path_key: str, **changes) -> PreTrainedConfig:
@@ -153,9 +155,10 @@ class PublishedCheckpoint:
                 return AutoConfig.for_model(**self.meta[key] | changes)
             return AutoConfig.from_pretrained(self.meta[path_key], **changes)
         except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+            why = str(error).splitlines()[0][:200]
             raise CheckpointError(
                 f"the sizes that {self.folder}/config.json names as {key if key in self.meta else path_key} could not "
-                f"be read: write the folder or hub id of a configuration as {path_key}. ({str(error).splitlines()[0]})"
+                f"be read: write the folder or hub id of a configuration as {path_key}. ({why})"
             ) from error
 
 

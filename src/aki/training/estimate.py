@@ -10,7 +10,7 @@ from torch import nn
 from aki.data.tokenizer import VOCAB_SIZE
 from aki.models import AkiConfig, AkiForConditionalGeneration
 from aki.training.model import model_config
-from aki.training.recipe import PARTS, Recipe, StageRecipe
+from aki.training.recipe import PARTS, Recipe, RecipeError, StageRecipe
 
 FLOPS_FORMULA = (
     "2 x parameters x tokens + 4 x layers x width x tokens^2 for attention (unmasked) forward; the connector's without "
@@ -40,7 +40,7 @@ class Estimate:
 
     Attributes:
         tokens: at most, of a sample with one picture; image_tokens of them are the picture's.
-        samples_a_step: over all processes.
+        samples_a_step: over all processes; of packed rows as many as fit in at full length.
         memory: part of it -> bytes on each process.
     """
 
@@ -67,7 +67,7 @@ def estimate(recipe: Recipe, stage: StageRecipe, processes: int) -> Estimate:
         processes: that share a step.
 
     Raises:
-        RecipeError: an unknown field or kind of model, or processes that cannot share a step.
+        RecipeError: an unknown field or kind of model, processes that cannot share a step, or no room for a picture.
     """
     recipe.accumulation(stage, processes)
     config = model_config(recipe.model)
@@ -76,13 +76,18 @@ def estimate(recipe: Recipe, stage: StageRecipe, processes: int) -> Estimate:
     with torch.device("meta"):
         model = AkiForConditionalGeneration(config)
     tokens = min(stage.max_length, config.text_config.max_position_embeddings)
+    if tokens <= config.image_seq_length:
+        raise RecipeError(
+            f"max_length {tokens} leaves no room for text beside a picture's {config.image_seq_length}: raise it."
+        )
+    samples_a_row = max(stage.row_tokens // tokens, 1) if stage.packing else 1
     parts = _parts(model, config, stage, tokens)
     return Estimate(
         parts,
         tokens,
         config.image_seq_length,
         stage.steps,
-        stage.batch_size * stage.gradient_accumulation_steps * recipe.devices,
+        samples_a_row * stage.batch_size * stage.gradient_accumulation_steps * recipe.devices,
         processes,
         _memory(model, config, recipe, stage, tokens, processes),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -179,8 +180,10 @@ class StageRecipe:
             raise RecipeError("eval_every measures DigitScenes: set it to 0, and evaluate the model that is saved.")
         for name in ("sources", "shards"):
             weights = [one.weight for one in getattr(self, name)]
-            if weights and (min(weights) < 0 or max(weights) == 0):
-                raise RecipeError(f"the weights of {name} cannot be negative or all zero, they are {weights}.")
+            if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+                raise RecipeError(f"the weights of {name} are numbers from 0 on, not all zero; they are {weights}.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise RecipeError(f"max_bad_share is a share, from 0 to 1, it is {self.max_bad_share}.")
 
 
 @dataclass
@@ -229,8 +232,9 @@ class Recipe:
         stages = [self.stage(name) for name in self.stages]
         if not stages:
             raise RecipeError(f"a recipe has at least one stage: {' or '.join(STAGES)}.")
-        if self.devices < 1:
-            raise RecipeError(f"devices must be at least 1, it is {self.devices}.")
+        for name, least in (("devices", 1), ("workers", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"{name} must be at least {least}, it is {getattr(self, name)}.")
         if self.feature_cache and any("vision_encoder" not in stage.frozen for stage in stages):
             raise RecipeError(
                 "feature_cache needs a vision_encoder that is frozen in every stage: its features change."
@@ -254,6 +258,8 @@ class Recipe:
         Raises:
             RecipeError: they cannot be dealt out evenly.
         """
+        if processes < 1:
+            raise RecipeError(f"processes must be at least 1, it is {processes}.")
         batches = stage.gradient_accumulation_steps * self.devices
         if batches % processes:
             raise RecipeError(

@@ -76,6 +76,9 @@ def run_stage(job: Job) -> dict[str, Any]:
     if finished is not None:
         return finished
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
+    # Before the data, which may take minutes to read the first time.
+    if job.start_from and not (job.start_from / "config.json").exists():
+        raise RunError(f"{job.start_from} holds no model to start from: run the stage before it first.")
     arguments = _arguments(job)
     rank, ranks = arguments.process_index, arguments.world_size
     checkpoint = last_whole_checkpoint(_training(job), clear=rank == 0)
@@ -251,8 +254,6 @@ def _settle_encoder(
 
 
 def _load(folder: Path) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
-    if not (folder / "config.json").exists():
-        raise RunError(f"{folder} holds no model to start from: run the stage before it first.")
     return AkiForConditionalGeneration.from_pretrained(folder), AkiProcessor.from_pretrained(folder)
 
 

@@ -107,8 +107,9 @@ class Source(Dataset, ABC):
         try:
             row = self.row(index)
             name, key = row["id"], f"{self.seed}/{self.name}/{row['id']}/{epoch}"
-            view = self.augment.draw(Random(f"{key}/view"), str(row), self.box(row)) if self.augment else None
-            messages = [self._with_images(message, view) for message in self.chat(row, Random(key), view)]
+            with malformed(name, row):
+                view = self.augment.draw(Random(f"{key}/view"), str(row), self.box(row)) if self.augment else None
+                messages = [self._with_images(message, view) for message in self.chat(row, Random(key), view)]
             check_texts(messages)
         except BadSample as bad:
             raise BadSample(bad.reason, bad.detail, self.name, bad.id or name) from bad.__cause__
@@ -192,8 +193,9 @@ def malformed(name: str, entry: Any) -> Iterator[None]:
         yield
     except BadSample:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        detail = f"{type(error).__name__} {error} in {str(entry)[:200]}"
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        shown = str(entry)[:200].encode(errors="backslashreplace").decode()
+        detail = f"{type(error).__name__} {error} in {shown}"
         raise BadSample(Reason.MALFORMED, detail, id=name) from error
 
 
@@ -202,13 +204,19 @@ def checked(row: Row, columns: Columns) -> Row:
 
     Raises:
         TypeError: it does not.
+        UnicodeEncodeError: a text has half of a surrogate pair, as JSON may write it and Arrow may not.
     """
     python: dict[str, Any] = {"string": str, "int64": int, "float64": (int, float)}
     for name, kind in columns.items():
         values = row[name] if isinstance(kind, list) else [row[name]]
         wanted = python[kind[0] if isinstance(kind, list) else kind]
-        if not all(value is None or isinstance(value, wanted) for value in values):
+        fits = isinstance(values, list) and all(value is None or isinstance(value, wanted) for value in values)
+        if not fits:
             raise TypeError(f"{name} is {row[name]!r} and should be {kind}")
+    for value in row.values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                text.encode()
     return row
 
 

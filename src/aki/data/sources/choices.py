@@ -63,7 +63,7 @@ class ScienceQA(Choices):
             "id": key,
             "image": f"train/{key}/{image}" if image else None,
             "question": problem["question"],
-            "hint": problem["hint"].strip() or "N/A",
+            "hint": (problem["hint"] or "").strip() or "N/A",
             "choices": problem["choices"],
             "answer": right_choice(problem["answer"], problem["choices"]),
         }

@@ -38,11 +38,17 @@ class DatasetColumns(Source):
         split: str = "train",
         **options: Any,
     ):
+        if not isinstance(columns, Mapping):
+            raise SourceError(
+                f"columns should be a mapping, as {{answer: caption, image: picture}}; it is {columns!r}."
+            )
         self.columns, self.split = dict(columns), split
         super().__init__(annotations, images, **options)
 
     def open_rows(self, annotations: Paths, cache: str | Path | None) -> datasets.Dataset:
         rows = open_dataset(as_list(annotations), self.split, cache)
+        if not len(rows):
+            raise SourceError(f"{annotations} holds no rows.")
         unknown = [f"{field}: {name}" for field, name in self.columns.items() if name not in rows.column_names]
         if unknown or not set(self.columns) <= set(FIELDS) or not {"answer", "messages"} & set(self.columns):
             raise SourceError(
@@ -79,6 +85,8 @@ def open_dataset(paths: list[str | Path], split: str, cache: str | Path | None) 
         SourceError: it cannot be opened, or has no such split.
     """
     first, cache_dir = Path(paths[0]), None if cache is None else str(cache)
+    if first.is_file() and first.suffix not in READERS:
+        raise SourceError(f"{first} is none of {', '.join(READERS)}: convert it to one of these.")
     try:
         if (first / "state.json").exists() or (first / "dataset_dict.json").exists():
             opened = datasets.load_from_disk(str(first))
@@ -88,5 +96,8 @@ def open_dataset(paths: list[str | Path], split: str, cache: str | Path | None) 
             reader = READERS[first.suffix]
             return datasets.load_dataset(reader, data_files={split: files}, split=split, cache_dir=cache_dir)
         return datasets.load_dataset(str(paths[0]), split=split, cache_dir=cache_dir)
-    except (KeyError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise SourceError(f"{paths[0]} with the split {split!r} cannot be opened by `datasets`: {error}") from error
+    # What the library raises at a file without rows is an IndexError or a StopIteration.
+    except (LookupError, StopIteration, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        nothing = isinstance(error, LookupError | StopIteration)
+        why = "it holds no rows, or no such split." if nothing else str(error.__cause__ or error).partition("\n")[0]
+        raise SourceError(f"{paths[0]} with the split {split!r} cannot be opened by `datasets`: {why}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,14 @@ class ImageRoots:
         if "://" in name:
             raise BadSample(Reason.MISSING_IMAGE, f"{name} is an address: download the picture into the image folder.")
         where = ", ".join(map(str, self.folders)) or "any image folder (none is given)"
-        paths = [(folder / name).resolve() for folder in self.resolved]
-        inside = [path for path in paths if any(path.is_relative_to(root) for root in self.resolved)]
-        if not inside:
-            raise BadSample(Reason.OUTSIDE_ROOT, f"{name!r} is not inside {where}.")
-        found = next((path for path in inside if path.is_file()), None)
+        try:
+            paths = [(folder / name).resolve() for folder in self.resolved]
+            inside = [path for path in paths if any(path.is_relative_to(root) for root in self.resolved)]
+            if not inside:
+                raise BadSample(Reason.OUTSIDE_ROOT, f"{name!r} is not inside {where}.")
+            found = next((path for path in inside if path.is_file()), None)
+        except (OSError, RuntimeError, UnicodeError) as error:  # too long a name, a circle of links, no rights
+            raise BadSample(Reason.MISSING_IMAGE, f"{name[:100]!r} cannot be looked up: {error}") from error
         if found is None:
             raise BadSample(Reason.MISSING_IMAGE, f"there is no {name} in {where}.")
         return found
@@ -105,10 +109,13 @@ def json_pairs(path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _stream(path: Path, prefix: str, read: Callable[..., Iterator[Any]]) -> Iterator[Any]:
     with path.open("rb") as file:
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
         try:
             yield from read(file, prefix, use_float=True)
         except ijson.JSONError as error:
-            raise SourceError(f"{path} is not whole and valid JSON: {error}") from error
+            said = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+            raise SourceError(f"{path} is not whole and valid JSON: {said.splitlines()[0]}") from error
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -119,5 +126,5 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield number, BadSample(Reason.MALFORMED, f"{path.name} line {number} is not JSON: {error}")

@@ -32,8 +32,9 @@ class RefCOCO(Regions):
     FILES = ("finetune_refcoco_train.json",)
 
     def entries(self, *files: Path) -> Iterator[tuple[Row, Row]]:
+        needed = ("file_name", "caption", "width", "height")
         images = {
-            image["id"]: {name: image[name] for name in ("file_name", "caption", "width", "height")}
+            image.get("id"): {name: image[name] for name in needed if name in image}
             for image in json_items(files[0], "images.item")
         }
         for annotation in json_items(files[0], "annotations.item"):
@@ -62,9 +63,9 @@ class VisualGenome(Regions):
 
     def entries(self, *files: Path) -> Iterator[tuple[Row, tuple[int, int] | None]]:
         regions, images = files
-        sizes = {image["image_id"]: (image["width"], image["height"]) for image in json_items(images)}
+        sizes = {image.get("image_id"): (image.get("width"), image.get("height")) for image in json_items(images)}
         for entry in json_items(regions):
-            for described in entry["regions"]:
+            for described in entry.get("regions", ({},)):
                 yield described, sizes.get(described.get("image_id"))
 
     def parse(self, entry: tuple[Row, tuple[int, int] | None]) -> Iterator[Row]:

@@ -32,7 +32,9 @@ class VQAv2(ShortAnswers):
 
     def entries(self, *files: Path) -> Iterator[tuple[Row, str | None]]:
         questions, annotations = files
-        answers = {entry["question_id"]: entry["multiple_choice_answer"] for entry in json_items(annotations, ANSWERS)}
+        answers = {
+            entry.get("question_id"): entry.get("multiple_choice_answer") for entry in json_items(annotations, ANSWERS)
+        }
         for entry in json_items(questions, QUESTIONS):
             yield entry, answers.get(entry.get("question_id"))
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from aki.data.augment import View
-from aki.data.report import BadSample
+from aki.data.report import BadSample, Reason
 from aki.data.schema import assistant, user
 from aki.data.sources.base import Source, said
 from aki.data.sources.files import Columns, Row, json_lines
@@ -36,5 +36,8 @@ class VSR(Source):
         yield {"id": str(line), "image": f"{folder}/{name}", "caption": values["caption"], "label": values["label"]}
 
     def chat(self, row: Row, rng: Random, view: View | None) -> list[dict[str, Any]]:
-        question, opposite = yes_no_question(said(row["caption"], "caption"))
+        caption = said(row["caption"], "caption")
+        if not any(map(str.isalnum, caption)):
+            raise BadSample(Reason.EMPTY_TEXT, f"the caption {caption!r} has no words.")
+        question, opposite = yes_no_question(caption)
         return [user(row["image"], yes_or_no(question)), assistant("yes" if bool(row["label"]) != opposite else "no")]
