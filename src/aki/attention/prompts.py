@@ -112,7 +112,8 @@ class PromptBlockWriter:
 
     As a processor it also takes scopes and tables in chat messages, as AKI's own does.
 
-    Labels on prompts become -100, because what a rule opens must not be learned.
+    Labels on prompts become -100, because what a rule opens must not be learned. Batches that are no tensors (those
+    without return_tensors="pt") stay as they are.
     """
 
     def __init__(self, wrapped: Any, processor: Any):

@@ -10,24 +10,36 @@ from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN
 SCOPE_PARTS = tuple({"type": "text", "text": token} for token in (SCOPE_TOKEN, END_SCOPE_TOKEN))
 
 
-def write_scopes(parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def write_scopes(parts: Any) -> Iterator[dict[str, Any]]:
     """A message's parts, with tokens around what stands in a scope.
 
     Args:
         parts: as in chat messages, and {"type": "scope", "content": parts}, and {"type": "table", "rows":
-            [[parts of a cell, ...], ...]}, which is a scope of rows of cells.
+            [[parts of a cell, ...], ...]}, which is a scope of rows of cells. A string is a part of text.
+
+    Raises:
+        ValueError: a table without rows of cells.
     """
-    for part in parts:
-        inside = part.get("content") or []
+    for part in _as_parts(parts):
+        inside = part.get("content")
         if part.get("type") == "table":
-            rows = [[{"type": "scope", "content": cell} for cell in row] for row in part["rows"]]
-            inside = [{"type": "scope", "content": row} for row in rows]
+            rows = part.get("rows")
+            if not isinstance(rows, list | tuple) or not all(isinstance(row, list | tuple) for row in rows):
+                raise ValueError(
+                    "the table part of a message has no rows: give it `rows`, a list of rows, each a list of cells."
+                )
+            inside = [{"type": "scope", "content": [{"type": "scope", "content": c} for c in row]} for row in rows]
         if part.get("type") in ("scope", "table"):
             yield SCOPE_PARTS[0]
             yield from write_scopes(inside)
             yield SCOPE_PARTS[1]
         else:
             yield part
+
+
+def _as_parts(content: Any) -> list[dict[str, Any]]:
+    parts = [content] if isinstance(content, str | dict) else content or []
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
 
 
 def scope_token_ids(processor: Any) -> list[int] | None:
