@@ -245,6 +245,21 @@ def test_unlocked_models_say_what_scopes_need(scoped_processor, processor):
         aki.write_prompt_blocks(processor).apply_chat_template([{"role": "user", "content": DOCUMENT}])
 
 
+def test_a_template_that_takes_pictures_out_of_scopes_is_an_error(scoped_processor):
+    """As LLaVA's, which writes all images first."""
+    images = "{% for part in message.content if part.type == 'image' %}<image>{% endfor %}"
+    texts = "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    scoped_processor.chat_template = (
+        "{% for message in messages %}<|" + "{{ message.role }}|>" + images + texts + "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    writer = aki.write_prompt_blocks(scoped_processor)
+    without_scopes = DOCUMENT[-1:] + DOCUMENT[0]["content"]
+    assert "<image>" in writer.apply_chat_template([{"role": "user", "content": without_scopes}])
+    with pytest.raises(ValueError, match="keeps the parts of a message in order"):
+        writer.apply_chat_template([{"role": "user", "content": DOCUMENT}])
+
+
 def test_a_leak_through_a_scope_is_found():
     row = [OPEN, PICTURE, 10, CLOSE, 12, 13]
     labels = torch.tensor([[-100, -100, 10, 2, -100, -100]])

@@ -62,13 +62,26 @@ def check_scopes(chats: list[list[dict[str, Any]]], processor: Any) -> None:
         chats: their scopes written out.
 
     Raises:
-        ValueError: there are scopes, and the tokenizer has no tokens for them.
+        ValueError: there are scopes, and the tokenizer has no tokens for them, or the chat template takes pictures
+            out of them.
     """
     contents = (message.get("content") for chat in chats for message in chat)
     scoped = any(part in SCOPE_PARTS for content in contents if isinstance(content, list) for part in content)
-    if scoped and scope_token_ids(processor) is None:
+    if not scoped:
+        return
+    if scope_token_ids(processor) is None:
         raise ValueError(
             f"the chat has scopes, but the tokenizer does not know {SCOPE_TOKEN} and {END_SCOPE_TOKEN}: add them as "
             "special tokens, and let the model know them (AKI: scope_token_ids in its configuration; others: "
             "resize_token_embeddings, and aki.unlock with the processor)."
         )
+    template = getattr(processor, "chat_template", None)
+    figure = [{"role": "user", "content": [SCOPE_PARTS[0], {"type": "image"}, SCOPE_PARTS[1]]}]
+    if isinstance(template, str):
+        tokenizer = getattr(processor, "tokenizer", processor)
+        text = tokenizer.apply_chat_template(figure, chat_template=template, tokenize=False)
+        if SCOPE_TOKEN + END_SCOPE_TOKEN in text.replace(" ", ""):
+            raise ValueError(
+                "the chat template writes pictures before the text, out of the scopes that they stand in: set "
+                "`processor.chat_template` to one that keeps the parts of a message in order."
+            )
