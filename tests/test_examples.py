@@ -17,6 +17,6 @@ def test_a_tiny_llava_learns_locked_and_unlocked():
     for line in done.stdout.splitlines():
         name, numbers = line.split(" ", 1)
         shares[name] = ast.literal_eval(numbers)["accuracy"]
-    assert shares.keys() == {"causal", "unlocked"}
+    assert shares.keys() == {"causal", "mma"}
     assert all(share > 0.5 for share in shares.values())
-    assert shares["causal"] != shares["unlocked"]
+    assert shares["causal"] != shares["mma"]

@@ -194,8 +194,8 @@ def _blocks_from_labels(document: Tensor, is_media: Tensor, labels: Tensor | Non
     if labels is None:
         if training:
             raise ValueError(
-                "in training a rule needs to know where the prompt ends: pass `prompt_block_ids` "
-                "(the processor's apply_chat_template writes them) or `labels`."
+                "in training a rule needs to know where the prompt ends: pass `prompt_block_ids` (AKI's processor "
+                "writes them, for other models aki.write_prompt_blocks) or `labels`."
             )
         return torch.zeros_like(document)
     is_prompt = ((labels == IGNORE_INDEX) | is_media) & (document >= 0)

@@ -1,9 +1,12 @@
 """Where answers are in a tokenised chat, for the template styles that are in use."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 import aki
 from aki.attention.prompts import AnswerMarks
@@ -89,6 +92,54 @@ def runs(inside: torch.Tensor) -> list[list[int]]:
     return found
 
 
+@pytest.mark.parametrize(
+    "name", ["gemma3", "glm4moe", "llama3", "llava_next", "phi3_5", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
+)
+def test_answers_are_those_that_trl_marks(tokenizer, name):
+    """TRL ships the templates of well-known models with generation tags around the answers."""
+    trl = pytest.importorskip("trl")
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}_training.jinja").read_text()
+    tokenizer.add_tokens(sorted(set(re.findall(r"<\|?\w+\|?>", template))), special_tokens=True)
+    tokenizer.chat_template = template
+    texts = ["what is in the picture?", "a red digit", "how many", "a digit"]
+    as_parts = "'type'" in template or ".type" in template
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}] if as_parts else text}
+        for i, text in enumerate(texts)
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    chat = tokenizer.apply_chat_template(messages, **options)
+    answers = AnswerMarks.of(tokenizer).blocks(torch.tensor([chat["input_ids"]]))[0] < 0
+    tokens = tokenizer.convert_ids_to_tokens(chat["input_ids"])
+    marked = [bool(mark) for mark in chat["assistant_masks"]]
+    assert any(marked)
+    # White space after the end of an answer may be either's.
+    differing = {token for token, a, m in zip(tokens, answers.tolist(), marked, strict=True) if a != m}
+    assert differing <= {"Ċ", "Ġ", "▁", "\n"}
+
+
+def test_what_stands_before_the_last_answer_alone_is_answer():
+    """Templates of models that reason begin a thought there and in the generation prompt, not before other answers."""
+    tokenizer = byte_level()
+    thought = "{%- if loop.last and message.role == 'assistant' -%}{{ ' is there ' }}{%- endif -%}"
+    template = TEMPLATES["chatml"].replace("{{ message.content }}", thought + "{{ message.content }}")
+    tokenizer.chat_template = template.replace("assistant\n{%- endif", "assistant{{ ' is there ' }}{%- endif")
+    chat = ["how many", "a red digit", "is it", "a digit"]
+    ids = torch.tensor([tokenizer(rendered(tokenizer, chat))["input_ids"]])
+    blocks = AnswerMarks.of(tokenizer).blocks(ids)[0]
+    answers = [decoded(tokenizer, ids[0][run]).replace("<|im_end|>", "").strip() for run in runs(blocks < 0)]
+    assert answers == ["a red digit", "is there a digit"]
+
+
+def test_a_question_that_ends_in_a_picture_is_answered_too():
+    """LLaVA's template writes a blank after the question's words, and where there are none a picture and a new line."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = TEMPLATES["llava"]
+    ids = torch.tensor([tokenizer("USER: <image>\nASSISTANT: a red digit</s>", add_special_tokens=False)["input_ids"]])
+    blocks = AnswerMarks.of(tokenizer).blocks(ids)[0]
+    assert [decoded(tokenizer, ids[0][run]) for run in runs(blocks < 0)] == ["a red digit</s>"]
+
+
 def test_padding_is_no_prompt():
     tokenizer = byte_level()
     tokenizer.chat_template = TEMPLATES["chatml"]
@@ -109,6 +160,26 @@ def test_templates_that_mark_nothing_are_refused():
     tokenizer.chat_template = LOOP + "{{ message.content }} {%- endfor -%}"
     with pytest.raises(ValueError, match="writes nothing between"):
         aki.write_prompt_blocks(tokenizer)
+
+
+class TextProcessor(ProcessorMixin):
+    """Whose template takes the words of a message as a string, as Phi-4-multimodal's does, or else as parts."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
+
+    def apply_chat_template(self, chat, **kwargs):
+        return self.tokenizer.apply_chat_template(chat, **kwargs)
+
+
+def test_words_as_strings_and_as_parts():
+    tokenizer = byte_level()
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    wanted = AnswerMarks.of(tokenizer)
+    assert AnswerMarks.of(TextProcessor(tokenizer)) == wanted
+    tokenizer.chat_template = TEMPLATES["chatml"].replace("message.content", "message.content[0].text")
+    assert AnswerMarks.of(TextProcessor(tokenizer)) == wanted
+    assert AnswerMarks.of(tokenizer) == wanted
 
 
 def test_a_collator_that_hides_its_processor_is_refused():

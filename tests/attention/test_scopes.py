@@ -166,6 +166,25 @@ def test_a_table_is_a_scope_of_rows_of_cells(processor):
     assert marks == "[[[a][red]][[digit][on]]]"
 
 
+def test_a_string_is_a_part_of_text(processor):
+    """A table of plain cells, and a scope of plain words."""
+
+    def written(*parts):
+        return processor.apply_chat_template([{"role": "user", "content": list(parts)}])
+
+    words = {"type": "text", "text": "a red digit"}
+    table = {"type": "table", "rows": [["a red digit", [words]], [words, ["a red digit"]]]}
+    as_parts = {"type": "table", "rows": [[[words], [words]], [[words], [words]]]}
+    assert written(table) == written(as_parts)
+    assert written({"type": "scope", "content": "a red digit"}) == written({"type": "scope", "content": [words]})
+
+
+@pytest.mark.parametrize("rows", [None, "a red digit", ["a red digit"]])
+def test_a_table_without_rows_is_an_error(processor, rows):
+    with pytest.raises(ValueError, match="the table part of a message has no rows"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "table", "rows": rows}]}])
+
+
 def test_scopes_that_the_tokenizer_does_not_know_are_an_error(processor):
     processor.tokenizer = train_tokenizer(["what is it?"] * 5, vocab_size=300)
     with pytest.raises(ValueError, match="add them as special tokens"):
@@ -224,6 +243,21 @@ def test_unlocked_models_say_what_scopes_need(scoped_processor, processor):
     processor.tokenizer = train_tokenizer(["what is it?"] * 5, vocab_size=300)
     with pytest.raises(ValueError, match="add them as special tokens"):
         aki.write_prompt_blocks(processor).apply_chat_template([{"role": "user", "content": DOCUMENT}])
+
+
+def test_a_template_that_takes_pictures_out_of_scopes_is_an_error(scoped_processor):
+    """As LLaVA's, which writes all images first."""
+    images = "{% for part in message.content if part.type == 'image' %}<image>{% endfor %}"
+    texts = "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    scoped_processor.chat_template = (
+        "{% for message in messages %}<|" + "{{ message.role }}|>" + images + texts + "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    writer = aki.write_prompt_blocks(scoped_processor)
+    without_scopes = DOCUMENT[-1:] + DOCUMENT[0]["content"]
+    assert "<image>" in writer.apply_chat_template([{"role": "user", "content": without_scopes}])
+    with pytest.raises(ValueError, match="keeps the parts of a message in order"):
+        writer.apply_chat_template([{"role": "user", "content": DOCUMENT}])
 
 
 def test_a_leak_through_a_scope_is_found():

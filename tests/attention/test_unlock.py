@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from unlock_chats import chat, types
-from unlock_families import FAMILIES, MODALITY_OF, Family
+from unlock_families import FAMILIES, IMAGE_ID, MODALITY_OF, ROWS, Family, pixels
 
 import aki
 
@@ -48,7 +48,7 @@ def oracle(family: Family, ids: Tensor, real: Tensor, windowed: bool, prompt: Te
                 own = k <= q and (not windowed or q - k < (family.window or length))
                 if family.own == "image":
                     between = range(min(q, k), max(q, k) + 1)
-                    own = own or all(kind[i] for i in between)
+                    own = own or (k > q and all(kind[i] for i in between))
                 elif family.own == "prefix":
                     own = True
                 both = bool(prompt[b, q]) and bool(prompt[b, k])
@@ -207,6 +207,17 @@ def test_eager_equals_sdpa(family):
 def test_the_page_shows_every_family():
     page = (Path(__file__).parents[2] / "docs" / "unlock.md").read_text()
     assert [name for name in FAMILIES if f"\n| {name} | yes |" not in page] == [], "run docs/unlock_table.py"
+
+
+def test_images_that_touch_and_are_wider_than_the_window():
+    """Gemma 3 takes them for one. Behind, its window holds among their tokens too."""
+    family = FAMILIES["Gemma 3"]()
+    family.runs, family.media = [(IMAGE_ID, 8)], {"pixel_values": pixels(2 * ROWS, 3, 16, 16)}
+    inputs = chat(family, pad="left")
+    real = inputs["attention_mask"].bool()
+    wanted = stock_with_masks(family, inputs, prompt=real)
+    aki.unlock(family.model)
+    torch.testing.assert_close(logits(family, inputs)[real], wanted[real], atol=1e-4, rtol=1e-4)
 
 
 def test_says_when_the_models_own_mask_is_joined(family, caplog):

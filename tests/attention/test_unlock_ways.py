@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    pipeline,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, pipeline
 from unlock_chats import chat, picture
 from unlock_families import FAMILIES, build, llava
 
 import aki
-from aki.attention import LeakError, NothingOpensWarning
+from aki.attention import CannotUnlock, LeakError, NothingOpensWarning
 
 
 @pytest.fixture
@@ -91,6 +89,22 @@ def test_media_without_input_ids_is_an_error(model, inputs):
         model(**inputs, inputs_embeds=embeds)
 
 
+def test_embeddings_alone_are_said_to_be_causal(model, inputs):
+    """They may hold an image's, which nothing shows."""
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    aki.unlock(model)
+    with pytest.warns(NothingOpensWarning, match="this call is causal"):
+        model.generate(inputs_embeds=embeds, max_new_tokens=2)
+
+
+def test_a_decoder_that_is_not_called_is_an_error(model, inputs, monkeypatch):
+    """The rule would be named and not be there."""
+    monkeypatch.setattr(type(model), "get_decoder", lambda self: copy.deepcopy(self.model.language_model))
+    aki.unlock(model)
+    with pytest.raises(CannotUnlock, match="answered without its decoder, LlamaModel"):
+        logits(model, inputs)
+
+
 def test_rule_is_saved_with_the_model(model, inputs, tmp_path):
     aki.unlock(model, rule="causal")
     aki.unlock(model, rule="mma")
@@ -139,10 +153,63 @@ def test_gradient_checkpointing_changes_nothing(model, inputs):
         torch.testing.assert_close(given, kept)
 
 
-def test_compiled(model, inputs):
-    aki.unlock(model)
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.fixture
+def shallow(model):
+    """One layer is quicker to compile than two."""
+    del model.model.language_model.layers[1:]
+    return model
+
+
+def test_compiled(shallow, inputs):
+    model = aki.unlock(shallow)
     wanted = logits(model, inputs)
-    torch.testing.assert_close(logits(torch.compile(model, backend="aot_eager"), inputs), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(compiled(model), inputs), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_compiled_already_follows(shallow):
+    """Compiled code doesn't look again for hooks. The rule opens text, so that there is no image to compile for."""
+    model = shallow
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    stock = logits(model, inputs)
+    wanted = logits(aki.unlock(model, rule="prefix"), inputs)
+    aki.lock(model).compile(backend="eager")
+    torch.testing.assert_close(logits(model, inputs), stock, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(aki.unlock(model, rule="prefix"), inputs), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(aki.lock(model), inputs), stock, atol=1e-5, rtol=1e-5)
+
+
+def parallel_and_compiled(model):
+    return compiled(torch.nn.DataParallel(model))
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, compiled, parallel_and_compiled])
+def test_within_wrappers(model, inputs, wrap):
+    stock = logits(model, inputs)
+    wanted = logits(aki.unlock(model), inputs)
+    aki.unlock(wrap(aki.lock(model)))
+    assert torch.equal(logits(model, inputs), wanted)
+    aki.lock(wrap(model))
+    assert torch.equal(logits(model, inputs), stock)
+
+
+def test_threads_are_within_the_model_at_once(model, inputs):
+    """As the replicas of DataParallel are, and the requests of a server."""
+    aki.unlock(model)
+    batches = [inputs, {name: tensor[:1] for name, tensor in inputs.items()}]
+    wanted = [logits(model, batch) for batch in batches]
+    both = Barrier(2, timeout=60)
+
+    def wait(*_) -> None:
+        both.wait()
+
+    model.model.vision_tower.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        given = list(threads.map(lambda batch: logits(model, batch), batches))
+    torch.testing.assert_close(given, wanted)
 
 
 def test_device_map(model, inputs, tmp_path):
@@ -304,11 +371,14 @@ def test_an_adapters_rule_is_taken(model, inputs):
     stock = logits(model, inputs)
     tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     tuned.peft_config["default"].auto_mapping = {"attention_rule": "causal"}
-    torch.testing.assert_close(logits(aki.unlock(tuned), inputs), stock)
+    torch.testing.assert_close(logits(aki.unlock(torch.nn.DataParallel(tuned)), inputs), stock)
 
 
 def test_flash_attention_is_refused(model, inputs):
+    """When the model is unlocked, and when it is switched on later."""
     aki.unlock(model)
     model.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='sdpa' or 'eager'"):
         logits(model, inputs)
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' or 'eager'"):
+        aki.unlock(aki.lock(model))

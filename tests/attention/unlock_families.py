@@ -231,6 +231,25 @@ def gemma3() -> Family:
     return Family(build(config), [(IMAGE_ID, 4)], media, token_types="token_type_ids", window=4, own="image")
 
 
+def gemma4() -> Family:
+    layers = ["sliding_attention", "full_attention"]
+    small = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0}
+    vision = {"patch_size": 4, "head_dim": 8, "num_key_value_heads": 2, "pooling_kernel_size": 2}
+    config = AutoConfig.for_model(
+        "gemma4",
+        text_config={**TEXT, **small, "head_dim": 8, "global_head_dim": 8, "sliding_window": 4, "layer_types": layers},
+        vision_config={**VISION, **vision, "global_head_dim": 8, "position_embedding_size": 16},
+        image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
+        audio_token_id=AUDIO_ID,
+        audio_config=None,
+    )
+    # Patches of 4 x 4 pixels, and where each stands.
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)
+    media = {"pixel_values": pixels(ROWS, 16, 48), "image_position_ids": places.repeat(ROWS, 1, 1)}
+    return Family(build(config), [(IMAGE_ID, 4)], media, token_types="mm_token_type_ids", window=4)
+
+
 def paligemma() -> Family:
     config = AutoConfig.for_model(
         "paligemma",
@@ -352,6 +371,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "Idefics3": partial(smolvlm, "idefics3"),
     "InternVL": internvl,
     "Gemma 3": gemma3,
+    "Gemma 4": gemma4,
     "PaliGemma": paligemma,
     "PaliGemma, prefix": paligemma_prefix,
     "Mistral 3": mistral3,

@@ -292,6 +292,10 @@ class TestClips:
             ("missing.wav", "missing.wav is missing, or no audio file"),
             (b"RIFF", "a bytes is not audio"),
             (None, "a NoneType is not audio"),
+            ((tone() * 32767).astype(np.int16), "audio of int16 is not -1 to 1"),
+            ((tone(), RATE), "a tuple is not audio"),
+            (["a"], "samples are no numbers"),
+            ({"array": tone()}, "needs an array and its sampling_rate"),
         ],
     )
     def test_no_audio(self, source, message):

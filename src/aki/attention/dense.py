@@ -53,12 +53,8 @@ def language_model_masks(
     Raises:
         ValueError: the attention implementation takes no masks (FlashAttention).
     """
+    check_takes_masks(rule, config)
     implementation = config._attn_implementation
-    if implementation not in TAKE_MASKS:
-        raise ValueError(
-            f"the rule {rule.name!r} needs a mask, which attn_implementation={implementation!r} cannot take: "
-            "load the model with attn_implementation='sdpa' or 'eager'."
-        )
     own: Any = attention_mask
     if not is_prepared(attention_mask):
         boolean_config = copy.copy(config)
@@ -73,6 +69,18 @@ def language_model_masks(
     if isinstance(own, dict):
         return {kind: overlay(mask, config.layer_types.index(kind)) for kind, mask in own.items()}
     return overlay(own, 0)
+
+
+def check_takes_masks(rule: Rule, config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: the attention implementation takes no masks (FlashAttention).
+    """
+    if config._attn_implementation not in TAKE_MASKS:
+        raise ValueError(
+            f"the rule {rule.name!r} needs a mask, which attn_implementation={config._attn_implementation!r} cannot "
+            "take: load the model with attn_implementation='sdpa' or 'eager'."
+        )
 
 
 def is_prepared(attention_mask: Tensor | dict[str, Tensor | None] | None) -> bool:

@@ -14,19 +14,32 @@ MODALITIES = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers, in transformers' words, whose mask is over pairs of tokens."""
 
+_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
+"""What wrappers call the model that they hold."""
+
 
 class CannotUnlock(ValueError):
     """The model has nothing that a visibility rule could be laid over."""
 
 
+def unwrapped(model: Any) -> Any:
+    """A model without what torch.compile, data-parallel training or DeepSpeed put around it. PEFT's wrapper stays."""
+    inner = model
+    while inner is not None:
+        model, held = inner, getattr(inner, "_modules", {})
+        inner = next((held[name] for name in _WRAPPED if held.get(name) is not None), None)
+    return model
+
+
 def underlying_model(model: Any) -> PreTrainedModel:
-    """The model whose forward takes input_ids and labels: within PEFT's wrapper, and of Qwen-Omni the thinker.
+    """The model whose forward takes input_ids and labels: within all wrappers, and of Qwen-Omni the thinker.
 
     Raises:
         CannotUnlock: it is no model of transformers, or AKI's own.
     """
+    model = unwrapped(model)
     if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+        model = unwrapped(model.get_base_model())
     model = getattr(model, "thinker", model)
     if not isinstance(model, PreTrainedModel):
         raise CannotUnlock(

@@ -28,12 +28,14 @@ class AnswerMarks:
         before: what stands between a question and its answer, for instance "<|im_end|>Ċ<|im_start|>assistantĊ".
         after: what ends an answer or begins the next question.
         kept: how many characters of `after` belong to the answer.
+        last: what ends the last answer of a chat, which may be more than that.
     """
 
     tokenizer: Any
     before: str
     after: str
     kept: int
+    last: str
 
     @classmethod
     def of(cls, processor: Any) -> AnswerMarks:
@@ -54,31 +56,32 @@ class AnswerMarks:
                 "`processor.chat_template`, or write prompt_block_ids (or labels of -100 on the prompt) yourself."
             )
         as_parts = isinstance(processor, ProcessorMixin)
+        as_parts = next((form for form in (as_parts, not as_parts) if _renders(processor, form)), as_parts)
 
-        def render(words: tuple[str, ...], **kwargs) -> str:
-            chat = [
-                {
-                    "role": ("user", "assistant")[i % 2],
-                    "content": [{"type": "text", "text": word}] if as_parts else word,
-                }
-                for i, word in enumerate(words)
-            ]
-            text = processor.apply_chat_template(chat, tokenize=False, **kwargs)
-            return _join(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])[0]
+        def render(words: tuple[str, ...], **kwargs) -> tuple[str, list[int]]:
+            text = processor.apply_chat_template(_chat(words, as_parts), tokenize=False, **kwargs)
+            return _join(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        first_answer, question, answer = _WORDS[1:]
-        chat = render(_WORDS)
-        asked = render(_WORDS[:3], add_generation_prompt=True)
+        first_question, first_answer, question, answer = _WORDS
+        chat, ends = render(_WORDS)
+        asked, _ = render(_WORDS[:3], add_generation_prompt=True)
         before = _common_start(_between(chat, question, answer), asked.rpartition(question)[2])
+        # Templates of models that reason write more before the last answer than before the others.
+        before = _common_start(before, _between(chat, first_question, first_answer)).lstrip(_BLANKS)
         next_question, end = _between(chat, first_answer, question), chat.rpartition(answer)[2]
-        ending = _common_start(end, next_question)
         if not before.strip(_BLANKS) or not next_question.strip(_BLANKS):
             raise ValueError(
                 "the chat template writes nothing between a question and its answer by which the answer could be "
                 "found: write prompt_block_ids (or labels of -100 on the prompt) yourself."
             )
+        ending = _common_start(end, next_question)
+        # Two tokens may begin alike, as <|endoftext|> and <|user|>.
+        starts = len(chat) - len(end), chat.rindex(first_answer) + len(first_answer)
+        while ending and not all(start + len(ending) in ends for start in starts):
+            ending = ending[:-1]
+        last = ending if next_question.startswith(end) else end
         after = ending if ending.strip(_BLANKS) else next_question
-        return cls(tokenizer, before, after, len(ending))
+        return cls(tokenizer, before, after, len(ending), last)
 
     def blocks(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`prompt_block_ids` of shape (batch, length): 0, 1, ... for the prompts between answers, -1 elsewhere.
@@ -97,7 +100,8 @@ class AnswerMarks:
         while found >= 0:
             start = found + len(self.before)
             after = text.find(self.after, start)
-            spans.append((start, len(text) if after < 0 else after + self.kept))
+            kept = len(self.last) if text.startswith(self.last, after) else self.kept
+            spans.append((start, len(text) if after < 0 else after + kept))
             found = -1 if after < 0 else text.find(self.before, after)
         starts = [0, *ends[:-1]]
         return [any(b < stop and e > start for start, stop in spans) for b, e in zip(starts, ends, strict=True)]
@@ -108,7 +112,8 @@ class PromptBlockWriter:
 
     As a processor it also takes scopes and tables in chat messages, as AKI's own does.
 
-    Labels on prompts become -100, because what a rule opens must not be learned.
+    Labels on prompts become -100, because what a rule opens must not be learned. Batches that are no tensors (those
+    without return_tensors="pt") stay as they are.
     """
 
     def __init__(self, wrapped: Any, processor: Any):
@@ -172,6 +177,21 @@ def write_prompt_blocks(processor_or_collator: Any, processor: Any = None) -> Pr
     if processor is None:
         raise ValueError("this collator doesn't say what its processor is: write_prompt_blocks(collator, processor).")
     return PromptBlockWriter(processor_or_collator, processor)
+
+
+def _chat(words: tuple[str, ...], as_parts: bool) -> list[dict[str, Any]]:
+    contents = [[{"type": "text", "text": word}] if as_parts else word for word in words]
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def _renders(processor: Any, as_parts: bool) -> bool:
+    """Whether a chat template takes the text of a message in this form: some know strings alone, some parts alone."""
+    try:
+        text = processor.apply_chat_template(_chat(_WORDS, as_parts), tokenize=False)
+    except Exception:
+        # Templates raise anything.
+        return False
+    return all(word in text for word in _WORDS) and "'type'" not in text
 
 
 def _with_scopes_written(conversation: list, processor: Any) -> list:

@@ -10,24 +10,36 @@ from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN
 SCOPE_PARTS = tuple({"type": "text", "text": token} for token in (SCOPE_TOKEN, END_SCOPE_TOKEN))
 
 
-def write_scopes(parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def write_scopes(parts: Any) -> Iterator[dict[str, Any]]:
     """A message's parts, with tokens around what stands in a scope.
 
     Args:
         parts: as in chat messages, and {"type": "scope", "content": parts}, and {"type": "table", "rows":
-            [[parts of a cell, ...], ...]}, which is a scope of rows of cells.
+            [[parts of a cell, ...], ...]}, which is a scope of rows of cells. A string is a part of text.
+
+    Raises:
+        ValueError: a table without rows of cells.
     """
-    for part in parts:
-        inside = part.get("content") or []
+    for part in _as_parts(parts):
+        inside = part.get("content")
         if part.get("type") == "table":
-            rows = [[{"type": "scope", "content": cell} for cell in row] for row in part["rows"]]
-            inside = [{"type": "scope", "content": row} for row in rows]
+            rows = part.get("rows")
+            if not isinstance(rows, list | tuple) or not all(isinstance(row, list | tuple) for row in rows):
+                raise ValueError(
+                    "the table part of a message has no rows: give it `rows`, a list of rows, each a list of cells."
+                )
+            inside = [{"type": "scope", "content": [{"type": "scope", "content": c} for c in row]} for row in rows]
         if part.get("type") in ("scope", "table"):
             yield SCOPE_PARTS[0]
             yield from write_scopes(inside)
             yield SCOPE_PARTS[1]
         else:
             yield part
+
+
+def _as_parts(content: Any) -> list[dict[str, Any]]:
+    parts = [content] if isinstance(content, str | dict) else content or []
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
 
 
 def scope_token_ids(processor: Any) -> list[int] | None:
@@ -50,13 +62,26 @@ def check_scopes(chats: list[list[dict[str, Any]]], processor: Any) -> None:
         chats: their scopes written out.
 
     Raises:
-        ValueError: there are scopes, and the tokenizer has no tokens for them.
+        ValueError: there are scopes, and the tokenizer has no tokens for them, or the chat template takes pictures
+            out of them.
     """
     contents = (message.get("content") for chat in chats for message in chat)
     scoped = any(part in SCOPE_PARTS for content in contents if isinstance(content, list) for part in content)
-    if scoped and scope_token_ids(processor) is None:
+    if not scoped:
+        return
+    if scope_token_ids(processor) is None:
         raise ValueError(
             f"the chat has scopes, but the tokenizer does not know {SCOPE_TOKEN} and {END_SCOPE_TOKEN}: add them as "
             "special tokens, and let the model know them (AKI: scope_token_ids in its configuration; others: "
             "resize_token_embeddings, and aki.unlock with the processor)."
         )
+    template = getattr(processor, "chat_template", None)
+    figure = [{"role": "user", "content": [SCOPE_PARTS[0], {"type": "image"}, SCOPE_PARTS[1]]}]
+    if isinstance(template, str):
+        tokenizer = getattr(processor, "tokenizer", processor)
+        text = tokenizer.apply_chat_template(figure, chat_template=template, tokenize=False)
+        if SCOPE_TOKEN + END_SCOPE_TOKEN in text.replace(" ", ""):
+            raise ValueError(
+                "the chat template writes pictures before the text, out of the scopes that they stand in: set "
+                "`processor.chat_template` to one that keeps the parts of a message in order."
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import warnings
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aki.attention.dense import as_boolean, is_prepared, language_model_masks
-from aki.attention.families import CannotUnlock, media_token_ids, text_decoder, underlying_model
+from aki.attention.dense import as_boolean, check_takes_masks, is_prepared, language_model_masks
+from aki.attention.families import CannotUnlock, media_token_ids, text_decoder, underlying_model, unwrapped
 from aki.attention.guard import NothingOpensError, check_no_leak
 from aki.attention.prompts import AnswerMarks
 from aki.attention.rules import Rule, get_rule
@@ -43,7 +44,8 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
     adapter's), so `unlock` needs no `rule` after `from_pretrained`.
 
     Args:
-        model: what AutoModelForImageTextToText and its like return, or PEFT's wrapper of it.
+        model: what AutoModelForImageTextToText and its like return, also within PEFT's wrapper, torch.compile's or
+            that of data-parallel training.
         processor: its processor, whose chat template says where answers are. Needed for generation from chats of
             several turns, and for media tokens that the configuration doesn't name.
         rule: a name in `aki.attention.RULES`. Absent: what the configuration says, else "mma".
@@ -53,11 +55,11 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
 
     Raises:
         CannotUnlock: no rule could be laid over this model, and why.
-        ValueError: no such rule, or one that needs what the processor doesn't have.
+        ValueError: no such rule, one that needs what the processor doesn't have, or FlashAttention.
     """
-    base = underlying_model(model)
+    base, inner = underlying_model(model), unwrapped(model)
     decoder = text_decoder(base)
-    name = rule or _recorded_rule(model, base) or "mma"
+    name = rule or _recorded_rule(inner, base) or "mma"
     marks = None if processor is None else AnswerMarks.of(processor)
     scopes = scope_token_ids(processor)
     if "mma_scoped" in name.split("+"):
@@ -67,11 +69,12 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
             f"the rule {name!r} also numbers the tokens in its own way, which a model that is not AKI's own does not "
             "take: train an AkiForConditionalGeneration with it."
         )
+    check_takes_masks(get_rule(name), decoder.config)
     state = _Unlocked(get_rule(name), media_token_ids(base.config, processor), decoder, marks, scopes)
     lock(model)
     state.attach(base)
     setattr(base, _STATE, state)
-    _record_rule(model, base, name)
+    _record_rule(inner, base, name)
     _say_what_is_joined(base, name)
     return model
 
@@ -97,12 +100,12 @@ def lock(model: nn.Module) -> nn.Module:
     if state is not None:
         state.detach()
         delattr(base, _STATE)
-        _record_rule(model, base, None)
+        _record_rule(unwrapped(model), base, None)
     return model
 
 
 class _Unlocked:
-    """The hooks of one model, and what they know during a call."""
+    """The hooks of one model, and what they know during a call. torch.compile leaves them out, and compiles around."""
 
     def __init__(
         self,
@@ -115,9 +118,7 @@ class _Unlocked:
         self.rule, self.media_token_ids, self.decoder = rule, media_token_ids, decoder
         self.marks, self.scope_token_ids = marks, scope_token_ids
         self.handles: list[Any] = []
-        self.layout: SequenceLayout | None = None
-        self.called: nn.Module | None = None
-        self.growing = _GrowingPrompt()
+        self.call = _Call()
 
     def attach(self, model: PreTrainedModel) -> None:
         """Whichever of the model and the model inside it is called first describes the call."""
@@ -125,23 +126,35 @@ class _Unlocked:
             self.handles.append(module.register_forward_pre_hook(self.before_model, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self.after_model, always_call=True))
         self.handles.append(self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
+        _forget_compiled()
 
     def detach(self) -> None:
         for handle in self.handles:
             handle.remove()
+        _forget_compiled()
 
+    @torch.compiler.disable
     def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         blocks = kwargs.get("prompt_block_ids")
         kwargs = {name: value for name, value in kwargs.items() if name != "prompt_block_ids"}
-        if self.called is None:
-            self.called = module
+        if self.call.called is None:
+            self.call.called, self.call.laid = module, False
             names = list(inspect.signature(type(module).forward).parameters)[1:]
-            self.layout = self.describe(module, {**dict(zip(names, args, strict=False)), **kwargs}, blocks)
+            self.call.layout = self.describe(module, {**dict(zip(names, args, strict=False)), **kwargs}, blocks)
         return args, kwargs
 
+    @torch.compiler.disable
     def after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if module is self.called:
-            self.called = self.layout = None
+        if module is not self.call.called:
+            return
+        missed = self.call.layout is not None and not self.call.laid
+        self.call.called = self.call.layout = None
+        # Where the model raises an error of its own, there is no output.
+        if missed and output is not None:
+            raise CannotUnlock(
+                f"{type(module).__name__} answered without its decoder, {type(self.decoder).__name__}, so the rule "
+                f"{self.rule.name!r} was not laid over its mask: this model cannot be unlocked."
+            )
 
     def describe(self, module: nn.Module, inputs: dict[str, Any], blocks: Tensor | None) -> SequenceLayout | None:
         """The layout of a call; None where there is no media in it, so that the model's own masks stand."""
@@ -149,6 +162,14 @@ class _Unlocked:
         if ids is None:
             if self.rule.opens_text or any(inputs.get(name) is not None for name in _MEDIA_INPUTS):
                 raise ValueError("an unlocked model needs input_ids, which say what each token is.")
+            embeds = inputs.get("inputs_embeds")
+            if embeds is not None and embeds.shape[1] > 1:
+                warnings.warn(
+                    "inputs_embeds don't say what is media, so this call is causal although the model is unlocked: "
+                    "pass input_ids.",
+                    NothingOpensWarning,
+                    stacklevel=2,
+                )
             return None
         if ids.shape[1] == 1 or not (self.rule.opens_text or self.has_media(ids)):
             return None
@@ -159,7 +180,7 @@ class _Unlocked:
             if self.marks is not None:
                 blocks = self.marks.blocks(ids, attention_mask)
             elif not module.training:
-                blocks = self.growing.blocks(ids, inputs.get("use_cache") is False)
+                blocks = self.call.growing.blocks(ids, inputs.get("use_cache") is False)
                 # Tokens whose own logits are asked for are being judged: assisted generation's candidates.
                 judged = inputs.get("logits_to_keep")
                 if isinstance(judged, int) and judged > 1:
@@ -194,21 +215,23 @@ class _Unlocked:
                 stacklevel=2,
             )
 
+    @torch.compiler.disable
     def before_decoder(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if self.layout is None:
+        layout, self.call.laid = self.call.layout, True
+        if layout is None:
             return args, kwargs
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             ids = kwargs["input_ids"]
             embeds = torch.empty(*ids.shape, 0, dtype=module.dtype, device=ids.device)
-        if embeds.shape[:2] != self.layout.shape:
+        if embeds.shape[:2] != layout.shape:
             raise ValueError(
-                f"the decoder got {tuple(embeds.shape[:2])} tokens where input_ids had {tuple(self.layout.shape)}: a "
+                f"the decoder got {tuple(embeds.shape[:2])} tokens where input_ids had {tuple(layout.shape)}: a "
                 "rule needs one placeholder for every embedding."
             )
         kwargs["attention_mask"] = language_model_masks(
             self.rule,
-            self.layout.to(embeds.device),
+            layout.to(embeds.device),
             module.config,
             embeds,
             kwargs.get("attention_mask"),
@@ -216,6 +239,20 @@ class _Unlocked:
             _text_positions(kwargs.get("position_ids")),
         )
         return args, kwargs
+
+
+class _Call(threading.local):
+    """What is known during a call, by thread: data-parallel replicas and servers call from several at once."""
+
+    def __init__(self) -> None:
+        self.layout: SequenceLayout | None = None
+        self.called: nn.Module | None = None
+        self.laid = False
+        self.growing = _GrowingPrompt()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        # A copy of the model makes calls of its own.
+        return type(self), ()
 
 
 class _GrowingPrompt:
@@ -240,6 +277,11 @@ class _GrowingPrompt:
     def _continues(self, ids: Tensor, prompt: Tensor) -> bool:
         same_shape = ids.shape[0] == prompt.shape[0] and ids.shape[1] == self.length + 1
         return same_shape and torch.equal(ids[:, : prompt.shape[1]], prompt)
+
+
+def _forget_compiled() -> None:
+    """What torch.compile has made of a model doesn't look again at its hooks."""
+    torch.compiler.reset()
 
 
 def _padding(attention_mask: Any, length: int, seen: int) -> Tensor | None:

@@ -67,15 +67,24 @@ def open_audio(source: Any, sampling_rate: int) -> NDArray[np.float32]:
         (samples,) float32.
 
     Raises:
-        ClipError: not audio, empty, of several channels or not finite; or there is nothing installed to read it.
+        ClipError: not audio, empty, of several channels, integers or not finite; or there is nothing installed to
+            read it.
     """
     if isinstance(source, dict):
+        if source.get("array") is None or not source.get("sampling_rate"):
+            raise ClipError(f"a dict of {sorted(source)} is not audio: it needs an array and its sampling_rate in Hz.")
         return _resample(open_audio(source["array"], sampling_rate), int(source["sampling_rate"]), sampling_rate)
     if isinstance(source, str | Path):
         source = _read(str(source), sampling_rate)
     if not isinstance(source, np.ndarray | Tensor | Sequence) or isinstance(source, bytes):
         raise ClipError(f"a {type(source).__name__} is not audio: pass a waveform, a path, a URL or base64.")
-    wave = np.asarray(source, dtype=np.float32)
+    try:
+        samples = np.asarray(source.detach().cpu() if isinstance(source, Tensor) else source)
+        wave = samples.astype(np.float32)
+    except ValueError as error:
+        raise ClipError(f"a {type(source).__name__} is not audio, its samples are no numbers: {error}") from error
+    if not np.issubdtype(samples.dtype, np.floating):
+        raise ClipError(f"audio of {samples.dtype} is not -1 to 1: divide it (that of a 16-bit file by 32768).")
     if wave.ndim != 1 or wave.size == 0:
         raise ClipError(f"an array of shape {wave.shape} is not audio: pass (samples,), one channel, at least one.")
     if not np.isfinite(wave).all():
