@@ -80,3 +80,8 @@ def tiny_aki():
 def test_what_cannot_be_unlocked_says_why(make, why):
     with pytest.raises(CannotUnlock, match=why):
         aki.unlock(make())
+
+
+def test_a_rule_in_the_processors_place():
+    with pytest.raises(ValueError, match=r"aki\.unlock\(model, rule='mma'\)"):
+        aki.unlock(tiny_llama(), "mma")

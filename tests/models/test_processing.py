@@ -319,6 +319,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match="the question is empty"):
             processor.apply_chat_template([{"role": "user", "content": content}], **TOKENIZE)
 
+    def test_a_part_of_an_unknown_type_is_not_lost(self, processor):
+        content = [{"type": "imgae", "image": "X"}, {"type": "text", "text": "this ?"}]
+        with pytest.raises(ValueError, match="a part of type 'imgae'"):
+            processor.apply_chat_template([{"role": "user", "content": content}], **TOKENIZE)
+
     def test_an_image_part_without_an_image(self, processor):
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "this ?"}]}]
         with pytest.raises(ValueError, match="the image part of a message has no image"):

@@ -55,8 +55,10 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
 
     Raises:
         CannotUnlock: no rule could be laid over this model, and why.
-        ValueError: no such rule, one that needs what the processor doesn't have, or FlashAttention.
+        ValueError: no such rule, one that needs what the processor does not have, a name for a processor, or FlashAttention.
     """
+    if isinstance(processor, str):
+        raise ValueError(f"unlock takes a processor there, not {processor!r}: aki.unlock(model, rule={processor!r}).")
     base, inner = underlying_model(model), unwrapped(model)
     decoder = text_decoder(base)
     name = rule or _recorded_rule(inner, base) or "mma"

@@ -18,7 +18,7 @@ def prepare(conversation: Any, openers: Openers) -> Any:
     """Check a chat, or a list of them, and open what it shows, into copies of the messages.
 
     Raises:
-        ValueError: an empty chat or question, a part without its picture or clip, or of a kind that has no opener.
+        ValueError: an empty chat or question, a part without its picture or clip, or of a type that nothing opens.
     """
     if not conversation:
         raise ValueError("the chat is empty: pass at least one message.")
@@ -43,8 +43,12 @@ def _part(part: dict, openers: Openers) -> dict:
         url = part["image_url"]
         part = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
     kind = part.get("type")
-    if kind not in ("image", "video", "audio"):
+    if kind == "text":
         return part
+    if kind not in ("image", "video", "audio"):
+        raise ValueError(
+            f"a message has a part of type {kind!r}: there are text, image, image_url, video, audio, scope and table."
+        )
     if kind not in openers:
         raise ValueError(f"the chat has {kind}, which this processor was not made for (it takes {', '.join(openers)}).")
     for key in (kind, *SOURCES):
