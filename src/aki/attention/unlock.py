@@ -55,7 +55,8 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
 
     Raises:
         CannotUnlock: no rule could be laid over this model, and why.
-        ValueError: no such rule, one that needs what the processor does not have, a name for a processor, or FlashAttention.
+        ValueError: no such rule, one that needs what the processor does not have, no processor but a name, or
+            FlashAttention.
     """
     if isinstance(processor, str):
         raise ValueError(f"unlock takes a processor there, not {processor!r}: aki.unlock(model, rule={processor!r}).")
