@@ -14,7 +14,7 @@ from PIL import Image
 
 from aki.cli import main
 from aki.evaluation import compare
-from aki.evaluation.cells import CellError
+from aki.evaluation.cells import CellError, _train
 from aki.evaluation.compare import Comparison, run_comparison
 from aki.evaluation.plan import check, fast, plan, rows_by_rule
 from aki.evaluation.report import (
@@ -239,6 +239,12 @@ class TestPlan:
         cells = [(cell.name, cell.stage, cell.start_from) for cell in plan(tiny_recipe, ["causal", "mma"], range(1))]
         assert cells == [("causal", "sft", None), ("mma", "sft", None)]
         assert fast(tiny_recipe).stages == ("sft",)
+
+    def test_the_first_stage_starts_from_what_the_recipe_does(self, tiny_recipe, tmp_path, monkeypatch):
+        monkeypatch.setattr("aki.training.stages.run_stage", lambda job: job.start_from)
+        tiny_recipe.start_from, tiny_recipe.rows = "runs/before", rows_by_rule(["mma"])
+        pretrain, sft = plan(tiny_recipe, ["mma"], [0])
+        assert (_train(pretrain, tmp_path), _train(sft, tmp_path)) == (Path("runs/before"), tmp_path / "pretrain")
 
 
 def test_compare_from_the_command_line_and_again(tiny_recipe, tmp_path, capsys):

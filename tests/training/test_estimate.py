@@ -1,5 +1,7 @@
 """The dry run's numbers, against counts of real models and sums by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from aki4b import PRETRAIN, SFT
@@ -90,3 +92,11 @@ def test_processes_that_cannot_share_a_step_are_refused():
     with pytest.raises(RecipeError, match=r"a step has 8 batches \(8 devices x 1\), which 3 processes cannot share"):
         estimate(recipe, recipe.sft, 3)
     assert [recipe.processes(available) for available in (1, 3, 4, 7, 8, 9)] == [1, 2, 4, 4, 8, 8]
+
+
+def test_both_orders_are_twice_the_rows(tiny_recipe):
+    once = estimate(tiny_recipe, tiny_recipe.sft, 1)
+    both = estimate(tiny_recipe, replace(tiny_recipe.sft, order="both"), 1)
+    assert both.flops == pytest.approx(2 * once.flops)
+    assert both.memory["activations"] == 2 * once.memory["activations"]
+    assert both.memory["weights"] == once.memory["weights"]
