@@ -159,8 +159,8 @@ def remarks(comparison: Comparison) -> list[str]:
     both = [titles[row] for row, recipe in recipes.items() if recipe.stage("sft").order == "both"]
     if turned or both:
         found.append(
-            "Asked with the image first, except "
-            + (f"{', '.join(turned)}, trained and asked with the text first." if turned else "none.")
+            "Asked with the image first"
+            + (f", except {', '.join(turned)}, trained and asked with the text first." if turned else ".")
             + (f" Trained in both orders: {', '.join(both)}." if both else "")
         )
     asked = next((run["held_out"] for runs in results.values() for run in runs if "held_out" in run), None)
