@@ -75,9 +75,9 @@ def make_ways(paths: list[Path]) -> dict[str, Callable[[int], object]]:
         chosen = [paths[mixture.draw(number * BATCH + i)[1]] for i in range(BATCH)]
         return [Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC) for path in chosen]
 
-    ours = Feed(mixture, ChatCollator(processor, 655, raw_pixels=True), BATCH)
-    theirs = Feed(mixture, ChatCollator(processor, 655), BATCH)
-    theirs.collator.fast = None
+    ours = Feed(mixture, [ChatCollator(processor, 655, raw_pixels=True)], BATCH)
+    theirs = Feed(mixture, [ChatCollator(processor, 655)], BATCH)
+    theirs.collators[0].fast = None
     return {FLOOR: floor, OURS: ours.chunk, THEIRS: theirs.chunk}
 
 

@@ -11,64 +11,28 @@ import json
 import multiprocessing
 import resource
 import statistics
-import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
-
-from aki.data.collate import ChatCollator
-from aki.data.digits import DigitScenes
-from aki.models import AkiForConditionalGeneration
-from aki.training.recipe import load_recipe
-from aki.training.stages import build_model
-from aki.training.trainer import guard_batch
+from aki.evaluation.plan import rows_by_rule
+from aki.evaluation.steps import ratios, row_steps, take_turns
+from aki.training.recipe import Recipe, load_recipe
 
 RULES = ("causal", "mma")
 RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
 
 
-def train_step(
-    model: AkiForConditionalGeneration, optimizer: torch.optim.Optimizer, batch: dict, rule: str
-) -> tuple[float, float]:
-    """One step, leak guard included, as the trainer does it; returns its seconds and those of the guard."""
-    model.config.attention_rule = rule
-    started = time.perf_counter()
-    guard_batch(model, batch)
-    guarded = time.perf_counter()
-    model(**batch).loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return time.perf_counter() - started, guarded - started
-
-
-def set_up(batches: int):
-    recipe = load_recipe(RECIPE)
-    torch.manual_seed(0)
-    model, processor = build_model(recipe)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    size = recipe.stage("sft").batch_size
-    data = DigitScenes("train", "question", batches * size, processor.image_processor.size["height"], recipe.data.grid)
-    collate = ChatCollator(processor, recipe.stage("sft").max_length)
-    return model.train(), optimizer, [collate([data[i * size + j] for j in range(size)]) for i in range(batches)]
-
-
-def time_steps(steps: int) -> dict[str, list[tuple[float, float]]]:
-    model, optimizer, batches = set_up(8)
-    seconds: dict[str, list[tuple[float, float]]] = {rule: [] for rule in RULES}
-    for step in range(steps + 2):
-        order = RULES if step % 2 else RULES[::-1]
-        for rule in order:
-            taken = train_step(model, optimizer, batches[step % len(batches)], rule)
-            if step >= 2:
-                seconds[rule].append(taken)
-    return seconds
+def recipe() -> Recipe:
+    found = load_recipe(RECIPE)
+    found.rows = rows_by_rule(RULES)
+    return found
 
 
 def peak_memory(rule: str, queue: multiprocessing.Queue) -> None:
-    model, optimizer, batches = set_up(2)
-    for batch in batches * 2:
-        train_step(model, optimizer, batch, rule)
+    with TemporaryDirectory() as folder:
+        (step,) = row_steps(recipe(), [rule], Path(folder)).values()
+        for _ in range(4):
+            step()
     queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -88,18 +52,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     options = parser.parse_args()
     memory = {rule: measure_memory(rule) for rule in RULES}
-    seconds = time_steps(10 if options.quick else 60)
-    model, _, _ = set_up(1)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    ratios = [mma / causal for (causal, _), (mma, _) in zip(seconds["causal"], seconds["mma"], strict=True)]
+    with TemporaryDirectory() as folder:
+        steps = row_steps(recipe(), RULES, Path(folder))
+        taken = take_turns(steps, 10 if options.quick else 60)
+    relative = ratios(taken, "causal")
     rows = [
         {
             "rule": rule,
-            "seconds": statistics.median(step for step, _ in seconds[rule]),
-            "ratio_to_causal": statistics.median(ratios) if rule == "mma" else 1.0,
+            "seconds": statistics.median(seconds for seconds, _ in taken[rule]),
+            "ratio_to_causal": relative[rule],
             "peak_mb": memory[rule],
-            "guard_share": statistics.median(guard / step for step, guard in seconds[rule]),
-            "parameters": parameters,
+            "guard_share": statistics.median(guard / seconds for seconds, guard in taken[rule]),
+            "parameters": sum(parameter.numel() for parameter in steps[rule].model.parameters()),
         }
         for rule in RULES
     ]

@@ -16,9 +16,12 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
 
 
 @pytest.fixture(autouse=True)
-def _cut_off_pictures_are_errors(monkeypatch):
+def _cut_off_pictures_are_errors():
     """Pillow's default, which importing lmms-eval changes for the whole process."""
-    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)
+    # Not the test's own `monkeypatch`, which would then be undone after the fixtures that it is meant to end before.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Feeds: the same batches whatever the number of workers, and from any point on."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 
 import pytest
@@ -12,6 +12,7 @@ from streams import Numbers, collator
 from aki.data import feed as feed_module
 from aki.data.feed import Feed, Loader, Position
 from aki.data.mixture import Mixture, mixture_weights
+from aki.data.orders import ORDERS, template_in_order
 from aki.data.report import TooManyBadSamples
 
 
@@ -21,7 +22,7 @@ def mixture(*bad):
 
 
 def loader(workers=0, position=None, batch_size=3, rank=0, ranks=1, row_tokens=None, samples=None, **options):
-    feed = Feed(samples or mixture(2, 30), collator(), batch_size, row_tokens, rank, ranks)
+    feed = Feed(samples or mixture(2, 30), [collator()], batch_size, row_tokens, rank, ranks)
     return Loader(feed, workers, Position(**position) if position else None, **{"max_bad_share": 0.5, **options})
 
 
@@ -84,6 +85,38 @@ def test_packed_rows_hold_the_samples_in_the_batches():
     assert all(row["input_ids"].shape[1] <= 90 and (row["position_ids"] == 0).sum() > 1 for row in rows[:3])
     # A chunk is eight samples.
     assert sorted(packed[: len(plain[0])]) == sorted(plain[0].tolist())
+
+
+def orders():
+    return [replace(collator(), template=template_in_order(collator().processor, None, o)) for o in ORDERS["both"]]
+
+
+def test_both_orders_of_each_sample_are_in_one_batch():
+    """A batch is that of the one order, and then that of the other, which two feeds of one order each would give."""
+    both, *alone = (
+        Loader(Feed(mixture(2, 30), collators, 3), 0, max_bad_share=0.5)
+        for collators in (orders(), *([one] for one in orders()))
+    )
+    for batch, *halves in zip(*(batches(one, 6) for one in (both, *alone)), strict=True):
+        assert len(batch["pixel_values"]) == len(batch["input_ids"]) == 6
+        assert torch.equal(batch["pixel_values"], torch.cat([half["pixel_values"] for half in halves]))
+        for row in range(6):
+            half, own = halves[row // 3], row % 3
+            real = batch["attention_mask"][row].bool()
+            for name in ("input_ids", "labels", "prompt_block_ids"):
+                assert torch.equal(batch[name][row][real], half[name][own][half["attention_mask"][own].bool()]), name
+        assert not torch.equal(*(half["input_ids"] for half in halves))
+    assert both.report.to_dict() == alone[0].report.to_dict(), "a sample counts once"
+
+
+def test_both_orders_resume_where_they_stood():
+    def in_both(position=None):
+        return Loader(Feed(mixture(2, 30), orders(), 3), 0, position, max_bad_share=0.5)
+
+    expected = batches(in_both(), 6)
+    begun = in_both()
+    assert same(batches(begun, 2), expected[:2])
+    assert same(batches(in_both(begun.position), 4), expected[2:])
 
 
 def test_too_many_bad_samples_end_it_in_a_sentence():

@@ -89,7 +89,7 @@ def test_what_a_stage_cannot_do_is_a_sentence(tiny_recipe):
     values = {**vars(tiny_recipe.sft)}
     with pytest.raises(RecipeError, match="order 'both_ways' is not known; there are image_first, text_first, both"):
         build(StageRecipe, values | {"order": "both_ways"}, "sft")
-    with pytest.raises(RecipeError, match="not for sources, shards or packed rows"):
+    with pytest.raises(RecipeError, match="not for packed rows: set packing to false"):
         build(StageRecipe, values | {"order": "both", "packing": True}, "sft")
 
 

@@ -91,7 +91,7 @@ def test_resumed_anywhere(urls, cut, batch_size, packed):
             1,
             places=position.places,
         )
-        return Loader(Feed(samples, collator(), batch_size, 60 if packed else None), 0, position)
+        return Loader(Feed(samples, [collator()], batch_size, 60 if packed else None), 0, position)
 
     expected = list(islice(loader(), cut + 3))
     begun = loader()
@@ -105,7 +105,7 @@ def test_resumed_anywhere(urls, cut, batch_size, packed):
 def test_resumed_with_workers(urls):
     def loader(position=None):
         position = position or Position()
-        return Loader(Feed(reader(urls, 2, places=position.places), collator(), 3), 2, position)
+        return Loader(Feed(reader(urls, 2, places=position.places), [collator()], 3), 2, position)
 
     expected = list(islice(loader(), 8))
     for cut in (3, 4):
@@ -204,4 +204,4 @@ def test_a_broken_shard_is_counted_and_the_next_is_read(tmp_path, broken, said):
 def test_a_shard_that_is_gone_ends_in_a_sentence(urls, tmp_path):
     gone = ShardMixture([open_shards("kale", ["http://127.0.0.1:9/none.tar"])], np.ones(1), 0, 1)
     with pytest.raises(TooManyBadSamples, match="malformed entry"):
-        next(iter(Loader(Feed(gone, collator(), 2), 0)))
+        next(iter(Loader(Feed(gone, [collator()], 2), 0)))

@@ -4,26 +4,45 @@ import json
 import resource
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
+from fixtures.make import write_sources
+from fixtures.make_shards import write_shards
 from PIL import Image
 
 from aki.cli import main
 from aki.evaluation import compare
-from aki.evaluation.cells import CellError
+from aki.evaluation.cells import CellError, _train
 from aki.evaluation.compare import Comparison, run_comparison
-from aki.evaluation.plan import plan, rows_by_rule
-from aki.evaluation.report import interval, mean_curve, paired, remarks, steps_to_reach, summary_table, table
-from aki.training.recipe import RecipeError, beyond_defaults, load_recipe
+from aki.evaluation.plan import check, fast, plan, rows_by_rule
+from aki.evaluation.report import (
+    interval,
+    mean_curve,
+    paired,
+    remarks,
+    seeds_table,
+    steps_to_reach,
+    summary_table,
+    table,
+)
+from aki.training.recipe import Recipe, RecipeError, beyond_defaults, build, load_recipe
 
 SKILLS = ("read", "colour", "count_colour", "count_digit", "exists", "relation")
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch):
+    monkeypatch.setattr("aki.evaluation.steps.ROUNDS", 2)
 
 
 def result(seed, accuracy, curve, **skills):
     test = dict.fromkeys(SKILLS, 0.5) | {"accuracy": accuracy} | skills
     return {"seed": seed, "test": test, "curve": [{"step": 10 * (i + 1), "accuracy": a} for i, a in enumerate(curve)]}
 
+
+VQA = [{"kind": "vqav2", "annotations": "a"}]
 
 RESULTS = {
     "causal": [result(0, 0.60, [0.2, 0.4, 0.6]), result(1, 0.64, [0.4, 0.4, 0.6], exists=0.7)],
@@ -50,6 +69,17 @@ def test_table_is_the_mean_over_seeds_and_the_difference():
     assert rows[4] == ["mma - causal", "+8.0", "+0.0", "+0.0", "+0.0", "+5.0", "+10.0", "+0.0", "+7.5"]
 
 
+def test_skills_are_those_that_were_measured():
+    runs = {
+        row: [{"seed": 0, "test": {"accuracy": 0.5, "vqav2": 0.25, "gqa": 0.75}, "curve": []}]
+        for row in ("causal", "mma")
+    }
+    assert table(runs).splitlines()[0] == "| rule | all | vqav2 | gqa |"
+    assert table(runs).splitlines()[2] == "| causal | 50.0 | 25.0 | 75.0 |"
+    assert seeds_table(runs).splitlines()[0] == "| rule | seed 0: all |"
+    assert seeds_table(RESULTS).splitlines()[0] == "| rule | seed 0: all / searching | seed 1: all / searching |"
+
+
 def test_steps_to_reach_causals_end():
     assert mean_curve(RESULTS["mma"]) == [(10, pytest.approx(40)), (20, pytest.approx(61)), (30, pytest.approx(75))]
     assert steps_to_reach(RESULTS, "mma") == (20, 30)
@@ -59,8 +89,8 @@ def test_steps_to_reach_causals_end():
 def with_costs(results):
     for row, runs in results.items():
         for run in runs:
-            seconds, tokens = (0.3, 4e6) if row == "mma" else (0.2, 2e6)
-            run |= {"step_seconds": seconds, "tokens": tokens, "flops": 6 * tokens * 1e6, "parameters": 1_234_567}
+            tokens = 4e6 if row == "mma" else 2e6
+            run |= {"tokens": tokens, "flops": 6 * tokens * 1e6, "parameters": 1_234_567}
             run["pretrain"] = {"tokens": 1e6, "flops": 6e12}
     return results
 
@@ -75,11 +105,14 @@ def test_intervals_are_students():
 def test_summary_compares_the_seeds_that_both_have():
     results = with_costs({"causal": RESULTS["causal"], "mma": [*RESULTS["mma"], result(2, 0.1, [0.1])]})
     assert paired(results, "mma") == [pytest.approx(10), pytest.approx(6)]
-    rows = summary_table(results, {"causal": "Causal", "mma": "MMA"}).splitlines()
+    steps = {"base": "causal", "rows": {"causal": {"ratio": 1.0}, "mma": {"ratio": 1.5}}}
+    rows = summary_table(results, {"causal": "Causal", "mma": "MMA"}, steps).splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     # causal 60 and 64: 12.706 * 2.828 / sqrt(2) = 25.4; differences 10 and 6 likewise.
     assert cells[2] == ["Causal", "2", "62.0 ± 25.4", "", "1,234,567", "3.00", "18.0", "1.00"]
     assert cells[3] == ["MMA", "3", "50.0 ± 86.1", "+8.0 ± 25.4", "1,234,567", "5.00", "30.0", "1.50"]
+    unmeasured = summary_table(results, {"causal": "Causal", "mma": "MMA"}).splitlines()
+    assert [row.rpartition("30.0 |")[2] for row in unmeasured[3:]] == ["  |"]
 
 
 def test_more_compute_is_said(table1):
@@ -178,12 +211,40 @@ class TestPlan:
             ({"a": {"sft": {"rule": "nma"}}}, r"rows\.a: there is no attention rule 'nma'"),
             ({"a": {"stf": {}}}, r"rows\.a: unknown key 'stf'"),
             ({"a": 3}, r"rows\.a should be a mapping"),
+            ({"a": {"sft": {"task": "caption", "eval_every": 0}}}, r"rows\.a: .* set sft\.task to question"),
+            (
+                {"a": {"sft": {"sources": VQA, "eval_every": 0}}},
+                r"rows\.a: .* nothing is held out .*data\.held_out",
+            ),
         ],
     )
     def test_a_row_that_is_no_recipe_is_named(self, tiny_recipe, rows, message, tmp_path):
         tiny_recipe.rows = rows
         with pytest.raises(RecipeError, match=message):
             run_comparison(tiny_recipe, tmp_path, ["a"], 1, 1)
+        assert not list(tmp_path.iterdir()), "nothing was begun"
+
+    def test_the_recipe_in_the_docs(self, tiny_recipe):
+        page = Path("docs/training.md").read_text().split("## Comparing rules on your own data")[1]
+        fragment = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+        values = beyond_defaults(tiny_recipe)
+        for name, value in fragment.items():
+            values[name] = values[name] | value if name in ("sft", "data") else value
+        recipe = build(Recipe, values, "")
+        check(recipe)
+        assert {cell.name for cell in plan(recipe, recipe.rows, [0])} == {"pretrain", "pretrain-dot", *recipe.rows}
+
+    def test_a_recipe_without_pretraining_has_cells_of_sft_alone(self, tiny_recipe):
+        tiny_recipe.pretrain, tiny_recipe.rows = None, rows_by_rule(["causal", "mma"])
+        cells = [(cell.name, cell.stage, cell.start_from) for cell in plan(tiny_recipe, ["causal", "mma"], range(1))]
+        assert cells == [("causal", "sft", None), ("mma", "sft", None)]
+        assert fast(tiny_recipe).stages == ("sft",)
+
+    def test_the_first_stage_starts_from_what_the_recipe_does(self, tiny_recipe, tmp_path, monkeypatch):
+        monkeypatch.setattr("aki.training.stages.run_stage", lambda job: job.start_from)
+        tiny_recipe.start_from, tiny_recipe.rows = "runs/before", rows_by_rule(["mma"])
+        pretrain, sft = plan(tiny_recipe, ["mma"], [0])
+        assert (_train(pretrain, tmp_path), _train(sft, tmp_path)) == (Path("runs/before"), tmp_path / "pretrain")
 
 
 def test_compare_from_the_command_line_and_again(tiny_recipe, tmp_path, capsys):
@@ -276,6 +337,75 @@ def test_learning_rates_are_tried_on_a_seed_of_their_own_and_a_killed_comparison
     assert tried == {1e-5: cells[slow]["validation"]["accuracy"], 1e-2: cells[fast]["validation"]["accuracy"]}
     assert cells["causal"]["learning_rate"] == max(tried, key=tried.get)
     assert [run["cell"] for run in found.results["causal"]] == ["causal"]
+
+
+@pytest.fixture
+def own_data(tiny_recipe, tmp_path):
+    """A comparison over files as they are released: captions from shards, then VQAv2; asked GQA and other VQAv2."""
+    write_shards(tmp_path / "shards")
+    for folder in ("learned", "asked"):
+        write_sources(tmp_path / folder)
+    (tmp_path / "asked/gqa/images/2354787.jpg").write_text("no picture")
+    values = beyond_defaults(tiny_recipe) | {"root": str(tmp_path), "cache": str(tmp_path / "cache")}
+    values["data"] |= yaml.safe_load("""
+    held_out:
+      - {kind: vqav2, annotations: asked/vqav2, images: asked/coco/train2014}
+      - {kind: gqa, annotations: asked/gqa, images: asked/gqa/images}
+    """)
+    values["pretrain"] |= {"shards": [{"kind": "kale", "urls": "shards/kale/{000000..000003}.tar"}], "steps": 2}
+    vqa = {"kind": "vqav2", "annotations": "learned/vqav2", "images": "learned/coco/train2014"}
+    values["sft"] |= {"sources": [vqa], "rule": "causal", "steps": 4, "eval_every": 2}
+    values["rows"] = {
+        "causal": {},
+        "mma": {"sft": {"rule": "mma"}},
+        "dot": {"pretrain": {"order": "both"}, "sft": {"order": "both"}},
+        "text-first": {"sft": {"order": "text_first"}},
+    }
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_comparison_on_ones_own_data_is_killed_and_goes_on(own_data, tmp_path, monkeypatch, capsys):
+    out, kept = tmp_path / "out", compare.write_json
+    arguments = ["compare", str(own_data), "--output", str(out), "--parallel", "1"]
+
+    def killed(path, value):
+        kept(path, value)
+        if path.stem == "causal":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "write_json", killed)
+        with pytest.raises(SystemExit, match="130"):
+            main(arguments)
+    before = (out / "causal/model.safetensors").stat().st_mtime_ns
+    assert not (out / "report.md").exists()
+    main(arguments)
+    assert (out / "causal/model.safetensors").stat().st_mtime_ns == before
+
+    cells = {path.stem: json.loads(path.read_text()) for path in (out / "cells").glob("*.json")}
+    assert cells.keys() == {"pretrain", "pretrain-dot", "causal", "mma", "dot", "text-first"}
+    assert all(cells[row]["test"].keys() == {"accuracy", "vqav2", "gqa"} for row in ("causal", "mma", "dot"))
+    assert all([point["step"] for point in cells[row]["curve"]] == [2, 4] for row in ("causal", "text-first"))
+    for stage, row in (("pretrain", "pretrain-dot"), ("causal", "dot")):
+        assert cells[row]["tokens"] == pytest.approx(2 * cells[stage]["tokens"], rel=0.05)
+    report = (out / "report.md").read_text()
+    assert "| rule | all | vqav2 | gqa |" in report
+    assert "searching" not in report
+    asked = cells["mma"]["held_out"]
+    assert (asked["validation"] + asked["test"], asked["sources"]) == (7, ["gqa", "vqav2"])
+    assert f"Asked {asked['test']} held-out questions of gqa, vqav2" in report
+    assert "1 of 8 samples skipped: gqa broken image 1" in report
+    assert "Time a step" in report
+    ratios = {row: step["ratio"] for row, step in json.loads((out / "steps.json").read_text())["rows"].items()}
+    assert ratios.keys() == {"causal", "mma", "dot", "text-first"}
+    assert Image.open(out / "curves.png").size[0] > 500
+    said = capsys.readouterr().out
+    assert f"aki chat {out}/text-first --image PICTURE QUESTION" in said
+    shutil.rmtree(tmp_path / "asked")
+    main(arguments)
+    assert capsys.readouterr().out == said, "from the small files, without the data"
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The dry run's numbers, against counts of real models and sums by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from aki4b import PRETRAIN, SFT
@@ -108,3 +110,11 @@ def test_a_length_without_room_for_a_picture_is_refused():
     recipe.sft.max_length = 144
     with pytest.raises(RecipeError, match="max_length 144 leaves no room for text beside a picture's 144: raise it"):
         estimate(recipe, recipe.sft, 8)
+
+
+def test_both_orders_are_twice_the_rows(tiny_recipe):
+    once = estimate(tiny_recipe, tiny_recipe.sft, 1)
+    both = estimate(tiny_recipe, replace(tiny_recipe.sft, order="both"), 1)
+    assert both.flops == pytest.approx(2 * once.flops)
+    assert both.memory["activations"] == 2 * once.memory["activations"]
+    assert both.memory["weights"] == once.memory["weights"]

@@ -77,7 +77,8 @@ def test_numbers_as_yaml_writes_them(tmp_path):
         ({"sources": [{"kind": "gqa", "annotations": "a"}], "shards": [{"kind": "kale", "urls": "u"}]}, "either"),
         ({"shards": [{"kind": "kale", "urls": "u"}], "mixture": "proportional"}, "use weights or uniform"),
         ({"shards": [{"kind": "kale", "urls": "u"}], "mixture": "evenly"}, "mixture 'evenly' is not known"),
-        ({"sources": [{"kind": "gqa", "annotations": "a"}], "eval_every": 5}, "set it to 0"),
+        ({"sources": [{"kind": "gqa", "annotations": "a"}], "eval_every": 5}, "sft.eval_every measures held-out"),
+        ({"task": "caption", "eval_every": 5}, "a stage that learns captions gives none: set it to 0"),
     ],
 )
 def test_data_of_a_stage(tmp_path, change, message):
@@ -93,6 +94,31 @@ def test_data_of_a_stage(tmp_path, change, message):
 def test_numbers_of_a_run(tmp_path, field, value):
     with pytest.raises(RecipeError, match=f"{field} must be at least {value + 1}, it is {value}"):
         load_recipe(write(tmp_path, lambda v: v.update({field: value})))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"eval_size": 0}, "data.eval_size must be at least 1"),
+        ({"test_size": -1}, "data.test_size must be at least 1"),
+        ({"held_out": [{"kind": "gqa"}]}, "the key 'data.held_out[0].annotations' is missing"),
+        ({"held_out": [{"kind": "gqa", "annotations": "b", "weight": 0}]}, "the weights of data.held_out are numbers"),
+        ({"held_out": [{"kind": "gqa", "annotations": "./a/"}]}, "data.held_out and sft.sources both read a: a model"),
+        ({"held_out": [{"kind": "datasets", "annotations": "d", "options": {"split": "test"}}]}, None),
+    ],
+)
+def test_what_is_held_out(tmp_path, data, message):
+    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    learned = [{"kind": "gqa", "annotations": "a"}, {"kind": "datasets", "annotations": "d"}]
+    values["sft"] |= {"eval_every": 5, "sources": learned}
+    values["data"] |= data
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    if message is None:
+        assert load_recipe(path).data.held_out[0].options == {"split": "test"}
+    else:
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            load_recipe(path)
 
 
 def test_one_stage_is_a_recipe_and_none_is_not(tmp_path):

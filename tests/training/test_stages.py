@@ -142,15 +142,19 @@ def test_schedule_and_decay_are_the_papers(tiny_recipe, tmp_path):
     """Warm-up from the minimum rate, a cosine back to it; no decay of norms, biases and input embeddings."""
     import math
 
+    from aki.data.feed import Position
     from aki.training.data import stage_collators
-    from aki.training.stages import _arguments, _digits_trainer
+    from aki.training.held_out import held_out
+    from aki.training.stages import stage_arguments, stage_trainer
 
     stage = tiny_recipe.sft = replace(
         tiny_recipe.sft, steps=20, warmup_steps=5, min_learning_rate=1e-4, learning_rate=1e-3
     )
     model, processor = build_model(tiny_recipe)
     job = Job(tiny_recipe, "sft", tmp_path)
-    trainer = _digits_trainer(job, _arguments(job), model, processor, stage_collators(processor, stage))
+    collators = stage_collators(processor, stage)
+    asked = held_out(tiny_recipe, stage, collators[0])
+    trainer = stage_trainer(job, stage_arguments(job), model, collators, None, Position(), asked)
     trainer.create_optimizer_and_scheduler(20)
     rates = []
     for _ in range(20):

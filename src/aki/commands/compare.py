@@ -45,7 +45,11 @@ class Compare:
         print("\n" + write_report(comparison, self.output))
         print(f"The report: {self.output}/report.md")
         best, picture = self.output / rows[-1], self.output / "scene.png"
-        if (best / "config.json").exists():
+        if not (best / "config.json").exists():
+            return
+        if recipe.data.held_out:
+            print(f"Ask it: aki chat {best} --image PICTURE QUESTION")
+        else:
             for question, said, truth in three_questions(recipe, best, picture):
                 print(f"{question}  {said}" + ("" if said == truth else f"  (it is {truth})"))
             print(f"\nThe picture: {picture}. Ask more:")

@@ -60,15 +60,21 @@ class ChatCollator:
                 length that leaves nothing of the answer.
         """
         try:
-            messages = [
-                {**message, "content": list(map(self._part, message["content"]))} for message in sample.messages
-            ]
-            batch, shortened = self._encode([replace(sample, messages=messages)], self._fast_inputs)
+            batch, shortened = self._encode([self.opened(sample)], self._fast_inputs)
         except BadSample as bad:
             raise BadSample(bad.reason, bad.detail, sample.source, sample.id) from bad.__cause__
         except ClipError as error:
             raise BadSample("broken clip", str(error), sample.source, sample.id) from error
         return batch, shortened[0]
+
+    def opened(self, sample: Sample) -> Sample:
+        """The sample with its pictures opened.
+
+        Raises:
+            BadSample: a picture that is missing, broken or of an absurd size, or a special token written in a text.
+        """
+        messages = [{**message, "content": list(map(self._part, message["content"]))} for message in sample.messages]
+        return replace(sample, messages=messages)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """

@@ -7,7 +7,7 @@ last has been used, whatever workers have read ahead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -76,13 +76,14 @@ class Feed(IterableDataset):
     """Chunks of one rank, dealt out to workers in turn.
 
     Attributes:
+        collators: one an order; a batch has every sample once in each: all in the first, then all in the second.
         batch_size: rows a batch.
         row_tokens: pack rows of so many tokens; None: a row is a sample.
         rank, ranks: which process this is.
     """
 
     samples: Samples
-    collator: ChatCollator
+    collators: Sequence[ChatCollator]
     batch_size: int
     row_tokens: int | None = None
     rank: int = 0
@@ -99,22 +100,25 @@ class Feed(IterableDataset):
         report = DataReport()
         size = self.batch_size if self.row_tokens is None else PACKED_CHUNK
 
-        def use(sample: Sample) -> Row:
-            row, shortened = self.collator.encode(sample)
-            report.used(sample.source, shortened)
-            return row
+        def use(sample: Sample) -> list[Row]:
+            # Opened once for all orders.
+            opened = sample if len(self.collators) == 1 else self.collators[0].opened(sample)
+            encoded = [collator.encode(opened) for collator in self.collators]
+            report.used(sample.source, any(shortened for _, shortened in encoded))
+            return [row for row, _ in encoded]
 
         try:
-            rows = self.samples.take(number, (self.rank, self.ranks), size, use, report)
+            taken = self.samples.take(number, (self.rank, self.ranks), size, use, report)
         except GaveUp:
             return Chunk(None, [], report, None)
+        rows = [row for in_order in zip(*taken, strict=True) for row in in_order]
         if self.row_tokens is not None:
             rows = pack(rows, self.row_tokens)
         images = [len(row["pixel_values"]) if "pixel_values" in row else 0 for row in rows]
         return Chunk(self.batch(rows), images, report, self.samples.place)
 
     def batch(self, rows: list[Row]) -> Row:
-        return PackedCollator(self.collator.processor.tokenizer.pad_token_id)(rows)
+        return PackedCollator(self.collators[0].processor.tokenizer.pad_token_id)(rows)
 
 
 class Loader:

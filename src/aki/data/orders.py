@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
+from aki.data.packing import PackedCollator, Row
 from aki.data.schema import Sample
-from aki.layout import IGNORE_INDEX
 from aki.models.processing import AkiProcessor
 from aki.models.templates import text_first
 
@@ -35,16 +31,8 @@ class InEachOrder:
         pad_token_id: shorter orders are padded on the right.
     """
 
-    collators: Sequence[Callable[[Sequence[Sample]], dict[str, Tensor]]]
+    collators: Sequence[Callable[[Sequence[Sample]], Row]]
     pad_token_id: int
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        batches = [collate(samples) for collate in self.collators]
-        longest = max(batch["input_ids"].shape[1] for batch in batches)
-        fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "prompt_block_ids": -1, "labels": IGNORE_INDEX}
-        joined = {
-            name: torch.cat([pad(b[name], (0, longest - b[name].shape[1]), value=fill[name]) for b in batches])
-            for name in fill
-        }
-        pictures = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
-        return joined | ({"pixel_values": torch.cat(pictures)} if pictures else {})
+    def __call__(self, samples: Sequence[Sample]) -> Row:
+        return PackedCollator(self.pad_token_id)([collate(samples) for collate in self.collators])

@@ -152,6 +152,8 @@ def _train(cell: Cell, output: Path) -> dict[str, Any]:
     from aki.training.stages import Job, run_stage
 
     start = output / cell.start_from if cell.start_from else None
+    if start is None and cell.recipe.start_from:
+        start = Path(cell.recipe.start_from)
     print(f"{time.strftime('%H:%M:%S')} {cell.name}", flush=True)
     try:
         return run_stage(

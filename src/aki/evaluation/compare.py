@@ -15,11 +15,13 @@ from typing import Any
 
 from aki.evaluation.cells import run_cells
 from aki.evaluation.plan import SEARCH_SEED, Cell, check, plan
+from aki.evaluation.steps import Steps, load_steps, time_missing
 from aki.training.recipe import Recipe
 from aki.training.stages import RunError, write_json
 
 CELLS = "cells"
-_KEPT = ("test", "validation", "curve", "parameters", "tokens", "flops", "step_seconds", "seconds", "guard_seconds")
+_KEPT = ("test", "validation", "held_out", "curve", "parameters", "tokens", "flops")
+_KEPT_TIMES = ("step_seconds", "seconds", "guard_seconds")
 
 Run = dict[str, Any]
 
@@ -31,13 +33,15 @@ class Comparison:
     Attributes:
         recipe: with its rows.
         results: row -> one result a seed, in order of the seeds: what `run_stage` measured, and `seed`, `cell`,
-            `learning_rate`, `pretrain` (the result of the pre-training that it started from).
+            `learning_rate`, `pretrain` (the result of the pre-training that it started from, None where there is none).
         searched: row -> learning rate -> accuracy on the validation questions of the seed kept for that.
+        steps: how long a training step of each row takes; None where nobody has measured it.
     """
 
     recipe: Recipe
     results: dict[str, list[Run]]
     searched: dict[str, dict[float, float]] = field(default_factory=dict)
+    steps: Steps | None = None
 
 
 def run_comparison(recipe: Recipe, output: Path, rows: Sequence[str], seeds: int, parallel: int) -> Comparison:
@@ -60,6 +64,7 @@ def run_comparison(recipe: Recipe, output: Path, rows: Sequence[str], seeds: int
     _train_missing(_search_cells(recipe, rows), output, parallel)
     rates = _best(_searched(recipe, output, rows))
     _train_missing(plan(recipe, rows, range(recipe.seed, recipe.seed + seeds), rates), output, parallel)
+    time_missing(recipe, output, rows)
     return load_comparison(recipe, output, rows)
 
 
@@ -73,11 +78,11 @@ def load_comparison(recipe: Recipe, output: Path, rows: Sequence[str]) -> Compar
         seeds = {one["seed"] for one in kept if one["row"] == row and one["stage"] == "sft"} - {_search_seed(recipe)}
         cells = {cell.name: cell for cell in plan(recipe, [row], sorted(seeds), rates)}
         results[row] = [
-            (_read(output, cell) or {}) | {"pretrain": _read(output, cells[cell.start_from])}
+            (_read(output, cell) or {}) | {"pretrain": cell.start_from and _read(output, cells[cell.start_from])}
             for cell in cells.values()
-            if cell.start_from is not None
+            if cell.stage == "sft"
         ]
-    return Comparison(recipe, results, searched)
+    return Comparison(recipe, results, searched, load_steps(recipe, output))
 
 
 def _search_seed(recipe: Recipe) -> int:
@@ -122,7 +127,7 @@ def _train_missing(cells: Sequence[Cell], output: Path, parallel: int) -> None:
         stage = cell.recipe.stage(cell.stage)
         about = {"row": cell.row, "stage": cell.stage, "seed": cell.recipe.seed, "fingerprint": cell.fingerprint}
         about |= {"start_from": cell.start_from, "learning_rate": stage.learning_rate, "steps": stage.steps}
-        write_json(_file(output, cell), about | {name: result[name] for name in _KEPT if name in result})
+        write_json(_file(output, cell), about | {name: result[name] for name in _KEPT + _KEPT_TIMES if name in result})
 
     # Seed by seed, because rows of one seed are shown the same batches, which a process makes once.
     in_order = sorted(needed + missing, key=lambda cell: (cell.stage == "sft", cell.recipe.seed))

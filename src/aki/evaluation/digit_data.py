@@ -9,8 +9,9 @@ import datasets
 
 from aki.data.digits import DigitScenes
 from aki.models import AkiProcessor
+from aki.training.held_out import TEST_SEED
 from aki.training.recipe import DataRecipe
-from aki.training.stages import RESULT, TEST_SEED
+from aki.training.stages import RESULT
 
 FEATURES = datasets.Features(
     {
@@ -30,11 +31,12 @@ def held_out(model: Path) -> DigitScenes:
         ValueError: the folder holds no result of a training on DigitScenes.
     """
     result = model / RESULT
-    if not result.exists():
+    values = json.loads(result.read_text())["recipe"].get("data", {}) if result.exists() else None
+    if values is None or "held_out" in values:
         raise ValueError(
-            f"{model} has no {RESULT}: the suite digits is for models that `aki train` made on DigitScenes."
+            f"{model} has no {RESULT} on DigitScenes: the suite digits is for models that `aki train` made on them."
         )
-    data = DataRecipe(**json.loads(result.read_text())["recipe"]["data"])
+    data = DataRecipe(**values)
     size = AkiProcessor.from_pretrained(model).image_processor.size["height"]
     return DigitScenes("test", "question", data.test_size, size, data.grid, TEST_SEED)
 

@@ -23,7 +23,7 @@ class Cell:
         name: of its folder and its JSON file.
         row: the row that it belongs to; a pre-training belongs to the first that starts from it.
         recipe: its own, in full.
-        start_from: the cell whose model it starts from.
+        start_from: the cell whose model it starts from; None starts from what the recipe does.
     """
 
     name: str
@@ -101,11 +101,13 @@ def plan(
         for seed in seeds:
             own = row_recipe(recipe, row, seed, (learning_rates or {}).get(name))
             after = "" if seed == recipe.seed else f"-seed{seed}"
-            label = "pretrain" if name == first_row else f"pretrain-{name}"
-            start = Cell(label + after, name, "pretrain", own)
-            start = pretrainings.setdefault(start.fingerprint, start)
+            start = None
+            if "pretrain" in own.stages:
+                label = "pretrain" if name == first_row else f"pretrain-{name}"
+                first = Cell(label + after, name, "pretrain", own)
+                start = pretrainings.setdefault(first.fingerprint, first).name
             if name in wanted:
-                runs.append(Cell(f"{name}{suffix}{after}", name, "sft", own, start.name))
+                runs.append(Cell(f"{name}{suffix}{after}", name, "sft", own, start))
     used = {run.start_from for run in runs}
     return [cell for cell in pretrainings.values() if cell.name in used] + runs
 
@@ -121,10 +123,10 @@ def fast(recipe: Recipe) -> Recipe:
         "log_every": 1,
     }
     rows = {name: _without(row, few) for name, row in recipe.rows.items()}
+    stages: dict[str, Any] = {name: replace(recipe.stage(name), **few) for name in recipe.stages}
     return replace(
         recipe,
-        pretrain=replace(recipe.stage("pretrain"), **few),
-        sft=replace(recipe.stage("sft"), **few),
+        **stages,
         data=replace(recipe.data, eval_size=12, test_size=24),
         learning_rates=recipe.learning_rates[:1],
         rows=rows,
@@ -134,15 +136,26 @@ def fast(recipe: Recipe) -> Recipe:
 def check(recipe: Recipe) -> None:
     """
     Raises:
-        RecipeError: a row is no recipe; the row is named.
+        RecipeError: a row is no recipe, or one that leaves nothing to compare it by; the row is named.
     """
     for name, row in recipe.rows.items():
         if not isinstance(row, dict):
             raise RecipeError(f"rows.{name} should be a mapping of fields, it is {row!r}.")
         try:
-            row_recipe(recipe, row, recipe.seed)
+            _check_measurable(row_recipe(recipe, row, recipe.seed))
         except ValueError as error:
             raise RecipeError(f"rows.{name}: {error}") from error
+
+
+def _check_measurable(recipe: Recipe) -> None:
+    sft = recipe.stage("sft")
+    if sft.task != "question":
+        raise RecipeError("rows are compared by their answers to questions: set sft.task to question.")
+    if (sft.sources or sft.shards) and not recipe.data.held_out:
+        raise RecipeError(
+            "sft trains on data of its own and nothing is held out to compare by: add data.held_out, a list of sources "
+            "in the form of sft.sources, with annotations that no row trains on."
+        )
 
 
 def _without(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

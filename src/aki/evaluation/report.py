@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import t
 
-from aki.data.digits import SEARCHING_SKILLS, SKILLS
+from aki.data.digits import SEARCHING_SKILLS
 from aki.evaluation.compare import Comparison
 from aki.evaluation.plan import row_recipe
+from aki.evaluation.steps import Steps
 from aki.models import AkiForConditionalGeneration, AkiProcessor
+from aki.training.held_out import scenes
 from aki.training.recipe import Recipe
-from aki.training.stages import questions
 
 Results = dict[str, list[dict[str, Any]]]
 """Row -> what was measured, one a seed."""
 
+COLOURS = ("gray", "blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")
 _EQUAL_COMPUTE = 0.02
 
 
 def table(results: Results) -> str:
     """Held-out accuracy in percent as Markdown: a row a rule (mean over seeds), then the difference to causal."""
-    columns = ["accuracy", *SKILLS, "searching"]
+    columns = ["accuracy", *skills_of(results)]
     lines = [
         "| rule | " + " | ".join("all" if name == "accuracy" else name.replace("_", " ") for name in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
@@ -36,6 +39,13 @@ def table(results: Results) -> str:
             gains = [statistics.mean(paired(results, rule, name)) for name in columns]
             lines.append(f"| {rule} - causal | " + " | ".join(f"{gain:+.1f}" for gain in gains) + " |")
     return "\n".join(lines)
+
+
+def skills_of(results: Results) -> list[str]:
+    """What every run was measured on, in the order of the first; and `searching`, where the digits' skills are."""
+    runs = [run["test"] for of_row in results.values() for run in of_row]
+    skills = [name for name in runs[0] if name != "accuracy" and all(name in run for run in runs)]
+    return [*skills, "searching"] if set(SEARCHING_SKILLS) <= set(skills) else skills
 
 
 def write_report(comparison: Comparison, folder: Path) -> str:
@@ -54,10 +64,10 @@ def report_parts(comparison: Comparison) -> list[str]:
     parts = [
         "Held-out accuracy in percent: mean over seeds ± 95 % interval (t), and the difference to causal on the same "
         "seeds.",
-        summary_table(results, titles),
+        summary_table(results, titles, comparison.steps),
         *remarks(comparison),
-        "By skill (mean over seeds; searching is the mean of "
-        + " and ".join(SEARCHING_SKILLS).replace("_", " ")
+        "By skill (mean over seeds"
+        + (f"; searching is the mean of {_words(SEARCHING_SKILLS)}" if "searching" in skills_of(results) else "")
         + "):",
         table(results),
     ]
@@ -96,15 +106,20 @@ def paired(results: Results, row: str, name: str = "accuracy", base: str = "caus
     return [_score(run, name) - _score(others[run["seed"]], name) for run in results[row] if run["seed"] in others]
 
 
-def summary_table(results: Results, titles: dict[str, str]) -> str:
-    """A row a row: accuracy and its difference to causal with intervals, and what it cost, both stages together."""
+def summary_table(results: Results, titles: dict[str, str], steps: Steps | None = None) -> str:
+    """A row a row: accuracy and its difference to causal with intervals, and what it cost, all stages together.
+
+    Args:
+        steps: how long a step takes; without it that column is empty.
+    """
+    base = steps["base"] if steps else "causal"
     lines = [
-        "| row | seeds | accuracy | difference to causal | parameters | tokens, M | FLOPs, T | time a step / causal |",
+        f"| row | seeds | accuracy | difference to causal | parameters | tokens, M | FLOPs, T | time a step / {base} |",
         "| --- |" + " ---: |" * 7,
     ]
     for row, runs in results.items():
         difference = paired(results, row) if row != "causal" else []
-        ratios = step_ratios(results, row)
+        step = steps["rows"].get(row) if steps else None
         cells = [
             titles[row],
             str(len(runs)),
@@ -113,20 +128,10 @@ def summary_table(results: Results, titles: dict[str, str]) -> str:
             f"{runs[0]['parameters']:,}",
             f"{_cost(runs, 'tokens') / 1e6:.2f}",
             f"{_cost(runs, 'flops') / 1e12:.1f}",
-            f"{statistics.median(ratios):.2f}" if ratios else "",
+            f"{step['ratio']:.2f}" if step else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def step_ratios(results: Results, row: str) -> list[float]:
-    """Median seconds of an SFT step relative to causal's of the same seed."""
-    others = {run["seed"]: run["step_seconds"] for run in results.get("causal", [])}
-    return [
-        run["step_seconds"] / others[run["seed"]]
-        for run in results[row]
-        if run["step_seconds"] and others.get(run["seed"])
-    ]
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -140,10 +145,11 @@ def remarks(comparison: Comparison) -> list[str]:
         found.append(
             "Compute: "
             + (f"{', '.join(named)} causal's FLOPs; all others had as many as causal." if named else "equal for all.")
-            + " (6 x parameters without embeddings x tokens, as transformers counts them, both stages.)"
+            + " (6 x parameters without embeddings x tokens, as transformers counts them, all stages.)"
         )
     recipes = {row: row_recipe(comparison.recipe, comparison.recipe.rows[row], 0) for row in results}
-    blind = [titles[row] for row, recipe in recipes.items() if recipe.stage("pretrain").order == "text_first"]
+    pretrained = {row: recipe.pretrain for row, recipe in recipes.items() if recipe.pretrain is not None}
+    blind = [titles[row] for row, stage in pretrained.items() if stage.order == "text_first"]
     if blind:
         found.append(
             f"In {', '.join(blind)} pre-training has no label after the picture, so its encoder and connector get no "
@@ -153,9 +159,21 @@ def remarks(comparison: Comparison) -> list[str]:
     both = [titles[row] for row, recipe in recipes.items() if recipe.stage("sft").order == "both"]
     if turned or both:
         found.append(
-            "Asked with the image first, except "
-            + (f"{', '.join(turned)}, trained and asked with the text first." if turned else "none.")
+            "Asked with the image first"
+            + (f", except {', '.join(turned)}, trained and asked with the text first." if turned else ".")
             + (f" Trained in both orders: {', '.join(both)}." if both else "")
+        )
+    asked = next((run["held_out"] for runs in results.values() for run in runs if "held_out" in run), None)
+    if asked:
+        found.append(
+            f"Asked {asked['test']:,} held-out questions of {', '.join(asked['sources'])}; validation had "
+            f"{asked['validation']:,} others. {asked['skipped']}."
+        )
+    if comparison.steps:
+        found.append(
+            f"Time a step: an SFT step of each row in turn, in one process on {comparison.steps['machine']}, with "
+            f"batches that are ready; the median over {comparison.steps['rounds']} rounds of the row's seconds "
+            f"relative to {comparison.steps['base']}'s in the same round."
         )
     return found
 
@@ -203,14 +221,16 @@ def draw_report(results: Results, titles: dict[str, str], path: Path) -> None:
 
 
 def seeds_table(results: Results) -> str:
-    """Overall and searching accuracy of every seed."""
+    """Accuracy of every seed, and of searching where there is such a thing."""
     seeds = sorted({run["seed"] for runs in results.values() for run in runs})
+    columns = [name for name in ("accuracy", "searching") if name in ("accuracy", *skills_of(results))]
+    heads = " / ".join("all" if name == "accuracy" else name for name in columns)
     lines = [
-        "| rule | " + " | ".join(f"seed {seed}: all / searching" for seed in seeds) + " |",
+        "| rule | " + " | ".join(f"seed {seed}: {heads}" for seed in seeds) + " |",
         "| --- |" + " ---: |" * len(seeds),
     ]
     for rule, runs in results.items():
-        said = {run["seed"]: f"{_score(run, 'accuracy'):.1f} / {_score(run, 'searching'):.1f}" for run in runs}
+        said = {run["seed"]: " / ".join(f"{_score(run, name):.1f}" for name in columns) for run in runs}
         cells = [said.get(seed, "") for seed in seeds]
         lines.append(f"| {rule} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -232,21 +252,20 @@ def mean_curve(runs: list[dict[str, Any]], skill: str = "accuracy") -> list[tupl
 
 
 def draw_curves(results: Results, path: Path) -> None:
-    """Accuracy over SFT steps: all questions on the left, the searching skills on the right; a thin line a seed."""
+    """Accuracy over SFT steps: all questions, and the searching skills where there are any; a thin line a seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    panels = (
-        ("all questions", ("accuracy",)),
-        ("searching: " + ", ".join(SEARCHING_SKILLS).replace("_", " "), SEARCHING_SKILLS),
+    panels: list[tuple[str, tuple[str, ...]]] = [("all questions", ("accuracy",))]
+    if "searching" in skills_of(results):
+        panels.append(("searching: " + ", ".join(SEARCHING_SKILLS).replace("_", " "), SEARCHING_SKILLS))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 4), sharey=True, layout="constrained", squeeze=False
     )
-    for axis, (title, skills) in zip(axes, panels, strict=True):
-        for colour, (rule, runs) in zip(
-            ("tab:gray", "tab:blue", "tab:orange", "tab:green"), results.items(), strict=False
-        ):
+    for axis, (title, skills) in zip(axes[0], panels, strict=True):
+        for colour, (rule, runs) in zip((f"tab:{name}" for name in cycle(COLOURS)), results.items(), strict=False):
             steps = [point["step"] for point in runs[0]["curve"]]
             curves = [[100 * statistics.mean(point[s] for s in skills) for point in run["curve"]] for run in runs]
             for curve in curves if len(curves) > 1 else []:
@@ -257,8 +276,8 @@ def draw_curves(results: Results, path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("SFT step")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out accuracy, %")
-    axes[0].legend()
+    axes[0, 0].set_ylabel("held-out accuracy, %")
+    axes[0, 0].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -271,7 +290,7 @@ def three_questions(recipe: Recipe, folder: Path, picture: Path) -> list[tuple[s
     from aki.data.digits import ask
 
     model, processor = AkiForConditionalGeneration.from_pretrained(folder), AkiProcessor.from_pretrained(folder)
-    held_out = questions(recipe, processor, "test", 1, seed=2)
+    held_out = scenes(recipe, processor, 1, seed=2)
     scene, _ = held_out.scene(0)
     image = scene.draw(10 * held_out.image_size)  # for a person to see; the processor scales it down
     image.save(picture)
@@ -289,13 +308,17 @@ def _score(run: dict[str, Any], name: str) -> float:
     return 100 * value
 
 
+def _words(names: Sequence[str]) -> str:
+    return " and ".join(names).replace("_", " ")
+
+
 def _mean(runs: list[dict[str, Any]], name: str) -> float:
     return statistics.mean(_score(run, name) for run in runs)
 
 
 def _cost(runs: list[dict[str, Any]], name: str) -> float:
-    """Tokens or FLOPs of pre-training and SFT, mean over seeds."""
-    return statistics.mean(run[name] + run["pretrain"][name] for run in runs)
+    """Tokens or FLOPs of pre-training, if there is one, and SFT, mean over seeds."""
+    return statistics.mean(run[name] + (run["pretrain"] or {name: 0})[name] for run in runs)
 
 
 def _with_interval(values: Sequence[float], form: str) -> str:

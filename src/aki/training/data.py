@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from aki.data.mixture import Mixture, mixture_weights
 from aki.data.orders import ORDERS, template_in_order
 from aki.data.report import DataReport
 from aki.data.shards import ShardMixture, open_shards
-from aki.data.sources import open_source
+from aki.data.sources import Source, open_source
 from aki.models import AkiProcessor
-from aki.training.recipe import Recipe, StageRecipe
+from aki.training.recipe import Recipe, SourceRecipe, StageRecipe
 
 REPORT = "data_report.json"
 
@@ -46,21 +46,32 @@ def open_samples(
         return ShardMixture(sets, weights, recipe.seed, max(recipe.workers, 1), ranks, places)
     if not stage.sources:
         return None
-    sources = [
+    sources = open_sources(recipe, stage.sources, recipe.seed)
+    weights = mixture_weights(stage.mixture, [one.weight for one in stage.sources], [len(source) for source in sources])
+    return Mixture(sources, weights, recipe.seed)
+
+
+def open_sources(recipe: Recipe, sources: Sequence[SourceRecipe], seed: int) -> list[Source]:
+    """
+    Args:
+        seed: of what is drawn in a sample.
+
+    Raises:
+        SourceError: a file, folder or kind that is not there.
+    """
+    return [
         open_source(
             one.kind,
             annotations=[_below(recipe.root, path) for path in one.annotations],
             images=[_below(recipe.root, path) for path in one.images],
             name=one.name,
-            seed=recipe.seed,
+            seed=seed,
             augment=one.augment,
             cache=recipe.cache,
             **one.options,
         )
-        for one in stage.sources
+        for one in sources
     ]
-    weights = mixture_weights(stage.mixture, [one.weight for one in stage.sources], [len(source) for source in sources])
-    return Mixture(sources, weights, recipe.seed)
 
 
 def _below(root: str, path: str) -> str:
@@ -79,7 +90,7 @@ def stage_collators(processor: AkiProcessor, stage: StageRecipe) -> list[ChatCol
 
 def stage_loader(
     samples: Mixture | ShardMixture,
-    collator: ChatCollator,
+    collators: Sequence[ChatCollator],
     recipe: Recipe,
     stage: StageRecipe,
     rank: int,
@@ -88,8 +99,8 @@ def stage_loader(
     pin_memory: bool = False,
 ) -> Loader:
     """The batches of one process."""
-    collator = replace(collator, raw_pixels=collator.fast is not None)
-    feed = Feed(samples, collator, stage.batch_size, stage.row_tokens if stage.packing else None, rank, ranks)
+    collators = [replace(collator, raw_pixels=collator.fast is not None) for collator in collators]
+    feed = Feed(samples, collators, stage.batch_size, stage.row_tokens if stage.packing else None, rank, ranks)
     return Loader(feed, recipe.workers, position, stage.max_bad_share, pin_memory)
 
 

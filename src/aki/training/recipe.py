@@ -6,9 +6,11 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import product
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +49,6 @@ class ModelRecipe:
 
 
 @dataclass
-class DataRecipe:
-    """DigitScenes.
-
-    Attributes:
-        grid: digits a side.
-        eval_size: held-out questions that a learning curve's point is measured on.
-        test_size: held-out questions that the final numbers are measured on.
-    """
-
-    grid: int = 3
-    eval_size: int = 600
-    test_size: int = 3000
-
-
-@dataclass
 class SourceRecipe:
     """A data set of chats, read by one of `aki.data.sources`.
 
@@ -82,6 +69,29 @@ class SourceRecipe:
     name: str | None = None
     augment: Augment | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataRecipe:
+    """DigitScenes, and the questions that models are measured on.
+
+    Attributes:
+        grid: digits a side.
+        eval_size: at most so many held-out questions for validation: learning curves and the choice of a learning rate.
+        test_size: at most so many others for the final numbers.
+        held_out: sources of these questions, in shares of their weights. If absent they are DigitScenes' own, of a
+            stage that trains on DigitScenes.
+    """
+
+    grid: int = 3
+    eval_size: int = 600
+    test_size: int = 3000
+    held_out: tuple[SourceRecipe, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("eval_size", "test_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"data.{name} must be at least 1, it is {getattr(self, name)}.")
 
 
 @dataclass
@@ -170,18 +180,16 @@ class StageRecipe:
             raise RecipeError("frozen names every part: there is nothing left to train.")
 
     def _check_data(self) -> None:
-        if self.order == "both" and (self.packing or self.sources or self.shards):
-            raise RecipeError("order: both is for batches of DigitScenes, not for sources, shards or packed rows.")
+        if self.order == "both" and self.packing:
+            raise RecipeError("order: both is not for packed rows: set packing to false, or another order.")
         if self.sources and self.shards:
             raise RecipeError("a stage reads either sources or shards: give the others a stage of their own.")
         if self.shards and self.mixture == "proportional":
             raise RecipeError("nobody knows how many samples shards hold before reading them: use weights or uniform.")
-        if self.eval_every and (self.sources or self.shards):
-            raise RecipeError("eval_every measures DigitScenes: set it to 0, and evaluate the model that is saved.")
+        if self.eval_every and self.task == "caption":
+            raise RecipeError("eval_every measures answers, a stage that learns captions gives none: set it to 0.")
         for name in ("sources", "shards"):
-            weights = [one.weight for one in getattr(self, name)]
-            if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
-                raise RecipeError(f"the weights of {name} are numbers from 0 on, not all zero; they are {weights}.")
+            _check_weights(name, getattr(self, name))
         if not 0 <= self.max_bad_share <= 1:
             raise RecipeError(f"max_bad_share is a share, from 0 to 1, it is {self.max_bad_share}.")
 
@@ -191,7 +199,7 @@ class Recipe:
     """A run: a model, its data, and one stage or both, each of which starts from the one before.
 
     Attributes:
-        data: DigitScenes, for stages that name no data of their own.
+        data: DigitScenes, for stages that name no data of their own, and the questions that models are measured on.
         root: the folder that relative paths of sources and shards are below.
         start_from: a folder with the model that the first stage starts from, instead of `model`.
         devices: processes that a step's samples are for. Fewer accumulate gradients, so that a step stays the same.
@@ -239,6 +247,23 @@ class Recipe:
             raise RecipeError(
                 "feature_cache needs a vision_encoder that is frozen in every stage: its features change."
             )
+
+        _check_weights("data.held_out", self.data.held_out)
+        for name in self.stages:
+            self._check_held_out(name, self.stage(name))
+
+    def _check_held_out(self, name: str, stage: StageRecipe) -> None:
+        if stage.eval_every and (stage.sources or stage.shards) and not self.data.held_out:
+            raise RecipeError(
+                f"{name}.eval_every measures held-out questions: name their sources in data.held_out, or set it to 0."
+            )
+        for asked, learned in product(self.data.held_out, stage.sources):
+            shared = set(map(normpath, asked.annotations)) & set(map(normpath, learned.annotations))
+            if shared and asked.options == learned.options:
+                raise RecipeError(
+                    f"data.held_out and {name}.sources both read {min(shared)}: a model would be asked what it has "
+                    "learned; hold out a file of its own."
+                )
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -367,6 +392,12 @@ def known(kind: str, name: str, names: Iterable[str], where: str) -> str:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise RecipeError(f"unknown {kind} {name!r} in {where}.{hint}")
     return name
+
+
+def _check_weights(name: str, data: Sequence[SourceRecipe | ShardsRecipe]) -> None:
+    weights = [one.weight for one in data]
+    if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+        raise RecipeError(f"the weights of {name} are numbers from 0 on, not all zero; they are {weights}.")
 
 
 def _join(where: str, key: Any) -> str:

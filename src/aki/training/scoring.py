@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aki.data.collate import ChatCollator
 from aki.data.memory import Batches, Memory
+from aki.data.schema import Sample
 from aki.layout import IGNORE_INDEX
 from aki.models import AkiForConditionalGeneration
+from aki.training.trainer import supervised_positions
 
 
 @torch.no_grad()
@@ -23,28 +25,34 @@ def answered_right(model: AkiForConditionalGeneration, batch: dict[str, Tensor])
     """
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")[:, 1:]
-    predicted = model(**inputs).logits[:, :-1].argmax(-1)
+    kept = supervised_positions(batch["labels"]).to(model.device)
+    predicted, labels = model(**inputs, logits_to_keep=kept).logits.argmax(-1), labels[:, kept]
     return ((predicted == labels) | (labels == IGNORE_INDEX)).all(1)
 
 
 def accuracy_by_skill(
     model: AkiForConditionalGeneration,
-    collator: ChatCollator,
+    collator: Callable[[Sequence[Sample]], dict[str, Tensor]],
     dataset: Dataset,
     batch_size: int = 300,
     name: str = "",
     memory: Memory | None = None,
 ) -> dict[str, float]:
-    """The share answered right of each skill, and of all (`accuracy`), 0 to 1.
+    """The share answered right of each skill (or source, where a sample has no skill), and of all, 0 to 1.
 
     Args:
         name, memory: see `Batches`.
+
+    Returns:
+        `accuracy`, that of all, and each skill's.
     """
     was_training = model.training
     model.eval()
     right: dict[str, list[bool]] = defaultdict(list)
     size = len(dataset)  # type: ignore[arg-type]
-    batches = Batches(dataset, lambda samples: ([s.skill for s in samples], collator(samples)), name, memory)
+    batches = Batches(
+        dataset, lambda samples: ([s.skill or s.source for s in samples], collator(samples)), name, memory
+    )
     for start in range(0, size, batch_size):
         skills, batch = batches(range(start, min(start + batch_size, size)))
         for skill, ok in zip(skills, answered_right(model, batch).tolist(), strict=True):

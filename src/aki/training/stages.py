@@ -13,17 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
+from aki.data.feed import Position
 from aki.data.memory import Batches, Memory
+from aki.data.mixture import Mixture
 from aki.data.orders import InEachOrder
 from aki.data.packing import PackedCollator, PackedRows
 from aki.data.report import TooManyBadSamples
+from aki.data.shards import ShardMixture
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
 from aki.training.data import REPORT, load_position, open_samples, stage_collators, stage_loader, texts
+from aki.training.held_out import HeldOut, held_out
 from aki.training.model import build_model
 from aki.training.recipe import Recipe, beyond_defaults
 from aki.training.scoring import accuracy_by_skill
@@ -31,8 +36,6 @@ from aki.training.trainer import AkiTrainer, Progress, has_whole_checkpoint, las
 from aki.training.view import training_scenes
 
 RESULT = "result.json"
-TEST_SEED = 1
-"""Of the scenes that the final numbers are measured on; the learning curve has seed 0."""
 
 
 class RunError(ValueError):
@@ -68,6 +71,7 @@ def run_stage(job: Job) -> dict[str, Any]:
         RunError: the output holds a run and `resume` is not set, or a run of another recipe.
         SourceError, ShardError: data that is not there.
         ResumeError: a number of processes on which the run cannot go on.
+        RecipeError: too little is held out.
         TooManyBadSamples: of the data.
         LeakError: the stage's rule does not fit its data.
     """
@@ -79,7 +83,7 @@ def run_stage(job: Job) -> dict[str, Any]:
     # Before the data, which may take minutes to read the first time.
     if job.start_from and not (job.start_from / "config.json").exists():
         raise RunError(f"{job.start_from} holds no model to start from: run the stage before it first.")
-    arguments = _arguments(job)
+    arguments = stage_arguments(job)
     rank, ranks = arguments.process_index, arguments.world_size
     checkpoint = last_whole_checkpoint(_training(job), clear=rank == 0)
     position = load_position(checkpoint, recipe, stage, rank, ranks)
@@ -89,27 +93,16 @@ def run_stage(job: Job) -> dict[str, Any]:
         model, processor = _load(job.start_from)
     else:
         model, processor = build_model(recipe, None if samples is None else texts(samples))
-    model.config.attention_rule = stage.rule
-    model.set_attn_implementation({"text_config": recipe.attention})
-    for part in stage.frozen:
-        getattr(model, part).requires_grad_(False)
     collators = stage_collators(processor, stage)
-    collator, loader = collators[0], None
-    if samples is None:
-        trainer = _digits_trainer(job, arguments, model, processor, collators)
-    else:
-        loader = stage_loader(samples, collator, recipe, stage, rank, ranks, position, torch.cuda.is_available())
-        if "vision_encoder" in stage.frozen:
-            pictured = samples.peek(8, lambda sample: collator.encode(sample)[0].get("pixel_values"))
-            _settle_encoder(model, torch.cat([one for one in pictured if one is not None]), recipe, arguments.device)
-        trainer = AkiTrainer(model, arguments, data_collator=collator, loader=loader)
+    asked = held_out(recipe, stage, collators[0])
+    trainer = stage_trainer(job, arguments, model, collators, samples, position, asked)
     replace_progress(trainer, Progress(job.title or job.stage, _training(job) / "log.txt", job.report))
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except TooManyBadSamples:
-        if loader is not None:
-            loader.report.write(job.output / REPORT)
+        if trainer.loader is not None:
+            trainer.loader.report.write(job.output / REPORT)
         raise
     result = fingerprint | {
         "curve": [_point(entry) for entry in trainer.state.log_history if "eval_accuracy" in entry],
@@ -121,18 +114,15 @@ def run_stage(job: Job) -> dict[str, Any]:
         "tokens": trainer.state.num_input_tokens_seen,
         "flops": trainer.state.total_flos,
     }
-    if samples is None and stage.task == "question":
-        for name, size, seed in (("validation", recipe.data.eval_size, 0), ("test", recipe.data.test_size, TEST_SEED)):
-            result[name] = _score(job, model, collator, questions(recipe, processor, "test", size, seed))
+    if asked is not None:
+        for name in ("validation", "test"):
+            result[name] = _score(job, model, collators[0], getattr(asked, name))
+        result |= {"held_out": asked.summary()} if asked.report else {}
     if stage.task == "question" and stage.order == "text_first":
         # Whoever asks this model asks as it was trained.
-        processor.chat_template["default"] = collator.template
+        processor.chat_template["default"] = collators[0].template
     _save(job, trainer, processor, result)
     return result
-
-
-def questions(recipe: Recipe, processor: AkiProcessor, split: str, size: int, seed: int) -> DigitScenes:
-    return DigitScenes(split, "question", size, _image_size(processor), recipe.data.grid, seed)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -156,7 +146,7 @@ def _save(job: Job, trainer: AkiTrainer, processor: AkiProcessor, result: dict[s
     trainer.accelerator.wait_for_everyone()
 
 
-def _arguments(job: Job) -> TrainingArguments:
+def stage_arguments(job: Job) -> TrainingArguments:
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     own_loader = bool(stage.sources or stage.shards)
@@ -203,37 +193,58 @@ def _arguments(job: Job) -> TrainingArguments:
     )
 
 
-def _digits_trainer(
+def stage_trainer(
     job: Job,
     arguments: TrainingArguments,
     model: AkiForConditionalGeneration,
-    processor: AkiProcessor,
     collators: list[ChatCollator],
+    samples: Mixture | ShardMixture | None,
+    position: Position,
+    asked: HeldOut | None,
 ) -> AkiTrainer:
+    """What trains a stage, on DigitScenes where there are no `samples`; it gives the model the stage's rule."""
     recipe, stage, collator = job.recipe, job.recipe.stage(job.stage), collators[0]
-    padding = processor.tokenizer.pad_token_id
-    train = training_scenes(recipe, stage, processor)
+    model.config.attention_rule = stage.rule
+    model.set_attn_implementation({"text_config": recipe.attention})
+    for part in stage.frozen:
+        getattr(model, part).requires_grad_(False)
+    data: dict[str, Any]
+    if samples is None:
+        assert isinstance(collator.processor, AkiProcessor)
+        padding = collator.processor.tokenizer.pad_token_id
+        train = training_scenes(recipe, stage, collator.processor)
+        if "vision_encoder" in stage.frozen:
+            pictured = [collator([train[i]])["pixel_values"] for i in range(min(8, len(train)))]
+        if stage.packing:
+            rows = PackedRows(train, collator, stage.row_tokens, recipe.seed)
+            data = {"data_collator": PackedCollator(padding), "train_dataset": rows}
+        else:
+            shown = Batches(train, InEachOrder(collators, padding), _name(train, collators), job.memory)
+            data = {"data_collator": shown, "train_dataset": range(len(train))}
+    else:
+        rank, ranks = arguments.process_index, arguments.world_size
+        loader = stage_loader(samples, collators, recipe, stage, rank, ranks, position, torch.cuda.is_available())
+        data = {"data_collator": collator, "loader": loader}
+        if "vision_encoder" in stage.frozen:
+            seen = samples.peek(8, lambda sample: collator.encode(sample)[0].get("pixel_values"))
+            pictured = [one for one in seen if one is not None]
     if "vision_encoder" in stage.frozen:
-        pixel_values = collator([train[i] for i in range(min(8, len(train)))])["pixel_values"]
-        _settle_encoder(model, pixel_values, recipe, arguments.device)
-    held_out = questions(recipe, processor, "test", recipe.data.eval_size, seed=0)
-    shown = Batches(train, InEachOrder(collators, padding), _name(train, collators), job.memory)
-    return AkiTrainer(
-        model,
-        arguments,
-        data_collator=PackedCollator(padding) if stage.packing else shown,
-        train_dataset=PackedRows(train, collator, stage.row_tokens, recipe.seed)
-        if stage.packing
-        else range(len(train)),
-        eval_dataset=held_out,
-        score=lambda current: _score(job, current, collator, held_out),
-    )
+        _settle_encoder(model, torch.cat(pictured), recipe, arguments.device)
+    score = None if asked is None else lambda current: _score(job, current, collator, asked.validation)
+    return AkiTrainer(model, arguments, **data, eval_dataset=None if asked is None else asked.validation, score=score)
 
 
 def _score(
-    job: Job, model: AkiForConditionalGeneration, collator: ChatCollator, dataset: DigitScenes
+    job: Job, model: AkiForConditionalGeneration, collator: ChatCollator, questions: Dataset
 ) -> dict[str, float]:
-    return accuracy_by_skill(model, collator, dataset, name=_name(dataset, [collator]), memory=job.memory)
+    if isinstance(questions, DigitScenes):
+        return accuracy_by_skill(model, collator, questions, name=_name(questions, [collator]), memory=job.memory)
+    # As in training: its rows, and as many as fit there. Pictures of files are too many to remember.
+    padded = PackedCollator(collator.processor.tokenizer.pad_token_id)
+    batch_size = job.recipe.stage(job.stage).batch_size
+    return accuracy_by_skill(
+        model, lambda samples: padded([collator.encode(sample)[0] for sample in samples]), questions, batch_size
+    )
 
 
 def _name(scenes: DigitScenes, collators: list[ChatCollator]) -> str:
@@ -255,10 +266,6 @@ def _settle_encoder(
 
 def _load(folder: Path) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
     return AkiForConditionalGeneration.from_pretrained(folder), AkiProcessor.from_pretrained(folder)
-
-
-def _image_size(processor: AkiProcessor) -> int:
-    return processor.image_processor.size["height"]
 
 
 def _training(job: Job) -> Path:

@@ -53,7 +53,7 @@ class AkiTrainer(Trainer):
         """As the Trainer's; pictures that come as bytes are normalised where the model is."""
         inputs = super()._prepare_inputs(inputs)
         pixels = inputs.get("pixel_values")
-        fast = None if self.loader is None else self.loader.feed.collator.fast
+        fast = None if self.loader is None else self.loader.feed.collators[0].fast
         if fast is not None and pixels is not None and pixels.dtype == torch.uint8:
             inputs["pixel_values"] = fast.pixels.normalise(pixels)
         return inputs
