@@ -160,15 +160,19 @@ class TestPage:
         second.goto(site)
         second.wait_for_selector("#picture input[type=file]", state="attached")
         users = [(page, scene, QUESTION), (second, other, "is there a green 7?")]
+        # Before the page uses the same model in its own thread.
+        expected = [
+            [explain(*loaded, picture, question, attention_rule=r, max_new_tokens=6) for r in ("causal", "mma")]
+            for _, picture, question in users
+        ]
         for user, picture, question in users:
             upload(user, picture)
             user.locator("#picture img").wait_for()
             user.locator("#question textarea").fill(question)
         for user, _, _ in users:
             user.locator("#ask").click()
-        for user, picture, question in users:
+        for (user, _, _), found in zip(users, expected, strict=True):
             user.locator("#question-words label").first.wait_for()
-            found = [explain(*loaded, picture, question, attention_rule=r, max_new_tokens=6) for r in ("causal", "mma")]
             assert user.locator("#answer-mma textarea").input_value() == found[1].answer
             user.evaluate("[1, 2].forEach(n => document.querySelectorAll('#question-words input')[n].click())")
             wanted, sentence = overlays(found, "question", 2, None)[1]

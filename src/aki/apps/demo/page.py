@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from html import escape
@@ -33,6 +34,8 @@ class Page:
     def __init__(self, reader: Reader):
         self.reader = reader
         self.folder = tempfile.TemporaryDirectory(prefix="aki-demo-")
+        # Gradio's own folder is shared by all pages of the machine, and one that ends takes equal pictures along.
+        os.environ["GRADIO_TEMP_DIR"] = self.folder.name
         self.blocks = gr.Blocks(analytics_enabled=False, title="AKI: what the image read", delete_cache=(3600, 3600))
         with self.blocks:
             gr.Markdown(f"# What the image read\n{_about(reader)}")
@@ -167,7 +170,8 @@ class Page:
             _radio(own.question_words if own else []),
             _radio(own.answer_words if own else []),
             gr.update(choices=[AVERAGE, *layers], value=AVERAGE, visible=own is not None),
-            *[gr.update(visible=False)] * (2 * len(self.shown)),
+            # Hidden when a question is asked; Gradio repeats the last result at its end, when a word may be chosen.
+            *[gr.update(visible=False) if own is None else gr.skip()] * (2 * len(self.shown)),
         ]
 
 
