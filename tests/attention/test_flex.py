@@ -3,9 +3,11 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from layouts import layouts, make_layout
+from torch.nn.functional import scaled_dot_product_attention
 
 from aki.attention import dense_mask, get_rule
-from aki.attention.flex import block_mask
+from aki.attention.flex import block_mask, compiled_for_cpu
+from aki.layout import SequenceLayout
 
 RULE = get_rule("mma")
 
@@ -34,3 +36,19 @@ def agree(layout):
             assert set(ours.full_kv_indices[b, 0, row, :full].tolist()) == every
     index = torch.arange(length)
     assert torch.equal(ours.mask_mod(torch.arange(batch)[:, None, None], 0, index[:, None], index), allowed)
+
+
+def test_another_length_is_compiled_too(monkeypatch, recwarn):
+    """Left to itself, torch gives up compiling after some lengths, and holds the scores of all pairs."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    for length in (160, 288):
+        drawn = make_layout([(0, [[("image", length - 8), ("text", 5), ("answer", 3)]], False)])
+        names = ("document", "modality", "media_item", "prompt_block")
+        # Tensors of their own, as build_layout makes them: torch's compiler fails on views of one.
+        layout = SequenceLayout(*(getattr(drawn, name).contiguous() for name in names))
+        torch.manual_seed(0)
+        query, key, value = torch.randn(3, 1, 2, length, 16)
+        out = compiled_for_cpu()(query, key, value, block_mask=block_mask(RULE, layout))
+        wanted = scaled_dot_product_attention(query, key, value, attn_mask=dense_mask(RULE, layout)[:, None])
+        torch.testing.assert_close(out, wanted)
+    assert not [str(one.message) for one in recwarn if "without torch.compile" in str(one.message)]

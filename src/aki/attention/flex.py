@@ -15,10 +15,18 @@ from aki.layout import SequenceLayout
 _BLOCK = 128
 
 
+_LENGTHS = 256
+"""For so many lengths it is compiled. Beyond torch's own limit of 8 it would hold every score, length by length."""
+
+
 @cache
 def compiled_for_cpu():
-    """FlexAttention, compiled anew for each length: with lengths left open, torch 2.13 writes C++ that is not valid."""
-    return torch.compile(flex_attention, dynamic=False)
+    """FlexAttention, compiled anew for each length: with lengths left open, torch 2.13 writes C++ that is not valid.
+
+    It raises `torch._dynamo.exc.FailOnRecompileLimitHit` past 256 lengths.
+    """
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return torch._dynamo.config.patch(recompile_limit=_LENGTHS, fail_on_recompile_limit_hit=True)(compiled)
 
 
 def block_mask(rule: Rule, layout: SequenceLayout) -> BlockMask:
