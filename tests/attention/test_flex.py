@@ -38,9 +38,9 @@ def agree(layout):
     assert torch.equal(ours.mask_mod(torch.arange(batch)[:, None, None], 0, index[:, None], index), allowed)
 
 
-def test_another_length_is_compiled_too(monkeypatch, recwarn):
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_another_length_is_compiled_too(recwarn):
     """Left to itself, torch gives up compiling after some lengths, and holds the scores of all pairs."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     for length in (160, 288):
         drawn = make_layout([(0, [[("image", length - 8), ("text", 5), ("answer", 3)]], False)])
         names = ("document", "modality", "media_item", "prompt_block")
