@@ -412,6 +412,6 @@ def test_a_comparison_on_ones_own_data_is_killed_and_goes_on(own_data, tmp_path,
 def test_a_cell_that_fails_is_named_with_its_reason(tiny_recipe, tmp_path):
     tiny_recipe.sft = replace(tiny_recipe.sft, max_length=8)
     tiny_recipe.rows = rows_by_rule(["causal"])
-    with pytest.raises(CellError, match=r"the cell causal failed: sample digits/.* has .* tokens, more than the 8"):
+    with pytest.raises(CellError, match=r"the cell causal failed: digits/\S+: answer lost to truncation: .* keeps 8"):
         run_comparison(tiny_recipe, tmp_path, ["causal"], 1, 1)
     assert "Traceback" in (tmp_path / "log.txt").read_text()
