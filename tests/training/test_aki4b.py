@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from aki4b import PRETRAIN, SFT, short, write_released
+from interrupting import interrupt_before
 
 from aki.cli import main
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.training.model import tiny
 from aki.training.recipe import load_recipe
-from aki.training.trainer import AkiTrainer
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +54,6 @@ def says(capsys, arguments):
         main(arguments)
     assert stopped.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
-
-
-def interrupt_before(monkeypatch, step):
-    original, calls = AkiTrainer.training_step, []
-
-    def training_step(self, *args, **kwargs):
-        calls.append(None)
-        if len(calls) == step:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(AkiTrainer, "training_step", training_step)
 
 
 def test_the_pretrained_run_is_what_sft_starts_from(pretrained, sft):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.make import write_sources
+from interrupting import interrupt_before
 
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
@@ -19,7 +20,6 @@ from aki.training.held_out import choose, held_out
 from aki.training.model import build_processor
 from aki.training.recipe import RecipeError, SourceRecipe
 from aki.training.stages import Job, run_stage
-from aki.training.trainer import AkiTrainer
 
 
 class Texts:
@@ -156,15 +156,8 @@ def test_the_score_is_what_greedy_decoding_says(own_data, tmp_path):
 def test_in_both_orders_resumed_equals_uninterrupted(own_data, tmp_path, monkeypatch):
     own_data.sft = replace(own_data.sft, order="both", steps=4, eval_every=2)
     whole = run(own_data, tmp_path / "whole")
-    step = AkiTrainer.training_step
-
-    def interrupted(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(AkiTrainer, "training_step", interrupted)
+        interrupt_before(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             run(own_data, tmp_path / "cut")
     resumed = run(own_data, tmp_path / "cut", resume=True)

@@ -12,29 +12,17 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from interrupting import interrupt_before
 
 from aki.attention import LeakError
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.training.recipe import RecipeError, beyond_defaults
 from aki.training.stages import Job, RunError, build_model, run_stage
-from aki.training.trainer import AkiTrainer, last_whole_checkpoint
+from aki.training.trainer import last_whole_checkpoint
 
 
 def run(recipe, stage, folder, **options):
     return run_stage(Job(recipe, stage, folder, report=lambda news: None, **options))
-
-
-def interrupt_before(monkeypatch, step):
-    """Let training end with Ctrl-C before that step, once."""
-    original, calls = AkiTrainer.training_step, []
-
-    def training_step(self, *args, **kwargs):
-        calls.append(None)
-        if len(calls) == step:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(AkiTrainer, "training_step", training_step)
 
 
 def test_two_stages_make_a_model_that_loads_and_answers(tiny_recipe, tmp_path):

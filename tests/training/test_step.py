@@ -8,13 +8,14 @@ from itertools import islice
 
 import pytest
 import torch
+from interrupting import interrupt_before
 
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
 from aki.data.packing import PackedCollator, PackedRows
 from aki.models import AkiForConditionalGeneration
 from aki.training.stages import Job, build_model, run_stage
-from aki.training.trainer import AkiTrainer, supervised_positions
+from aki.training.trainer import supervised_positions
 
 
 @pytest.fixture
@@ -98,15 +99,8 @@ def test_a_packed_run_resumes_as_if_it_had_not_stopped(tiny_recipe, tmp_path, mo
     run_stage(Job(tiny_recipe, "pretrain", tmp_path / "pretrain"))
     start = tmp_path / "pretrain"
     whole = run_stage(Job(tiny_recipe, "sft", tmp_path / "whole", start_from=start))
-    step = AkiTrainer.training_step
-
-    def interrupted(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(AkiTrainer, "training_step", interrupted)
+        interrupt_before(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             run_stage(Job(tiny_recipe, "sft", tmp_path / "cut", start_from=start))
     resumed = run_stage(Job(tiny_recipe, "sft", tmp_path / "cut", start_from=start, resume=True))

@@ -20,8 +20,7 @@ from aki.training.recipe import Recipe
 from aki.training.stages import RunError, write_json
 
 CELLS = "cells"
-_KEPT = ("test", "validation", "held_out", "curve", "parameters", "tokens", "flops")
-_KEPT_TIMES = ("step_seconds", "seconds", "guard_seconds")
+_KEPT = ("test", "validation", "held_out", "curve", "parameters", "tokens", "flops", "seconds", "guard_seconds")
 
 Run = dict[str, Any]
 
@@ -127,7 +126,7 @@ def _train_missing(cells: Sequence[Cell], output: Path, parallel: int) -> None:
         stage = cell.recipe.stage(cell.stage)
         about = {"row": cell.row, "stage": cell.stage, "seed": cell.recipe.seed, "fingerprint": cell.fingerprint}
         about |= {"start_from": cell.start_from, "learning_rate": stage.learning_rate, "steps": stage.steps}
-        write_json(_file(output, cell), about | {name: result[name] for name in _KEPT + _KEPT_TIMES if name in result})
+        write_json(_file(output, cell), about | {name: result[name] for name in _KEPT if name in result})
 
     # Seed by seed, because rows of one seed are shown the same batches, which a process makes once.
     in_order = sorted(needed + missing, key=lambda cell: (cell.stage == "sft", cell.recipe.seed))

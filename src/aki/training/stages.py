@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,7 +109,6 @@ def run_stage(job: Job) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": time.perf_counter() - started,
         "guard_seconds": trainer.guard_seconds,
-        "step_seconds": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
         "tokens": trainer.state.num_input_tokens_seen,
         "flops": trainer.state.total_flos,
     }

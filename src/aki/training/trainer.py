@@ -44,7 +44,6 @@ class AkiTrainer(Trainer):
         super().__init__(*args, **kwargs, **({} if loader is None else {"train_dataset": loader.feed}))
         self.score, self.loader = score, loader
         self.guard_seconds = 0.0
-        self.step_seconds: list[float] = []
 
     def get_train_dataloader(self) -> Any:
         return super().get_train_dataloader() if self.loader is None else self.loader
@@ -89,12 +88,6 @@ class AkiTrainer(Trainer):
         if "labels" in inputs and self.args.n_gpu <= 1:
             inputs = {**inputs, "logits_to_keep": supervised_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def training_step(self, *args, **kwargs) -> Tensor:
-        started = time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        self.step_seconds.append(time.perf_counter() - started)
-        return loss
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As the Trainer's, without the language model's input embeddings (paper, section 4)."""
