@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -327,7 +326,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
             # transformers keeps packed documents apart only where no cache is made.
             kwargs |= {"use_cache": False} if _starts_again(position_ids) else {}
 
-        masks: Tensor | BlockMask | dict | None = attention_mask
+        masks: Tensor | dict | None = attention_mask
         prepared = masks is not None and padding is None
         opens_ahead = rule.name != "causal" and (bool(embeds) or (rule.opens_text and length > 1))
         without_mask = takes_prepared(self.config.text_config, past_key_values)
