@@ -6,6 +6,7 @@ import inspect
 from difflib import get_close_matches
 from typing import Any
 
+from aki.data.scenes import Scenes
 from aki.data.sources.base import Source
 from aki.data.sources.captions import Captions
 from aki.data.sources.choices import AOKVQA, ScienceQA
@@ -19,7 +20,7 @@ from aki.data.sources.regions import RefCOCO, RefCOCOg, RefCOCOPlus, VisualGenom
 from aki.data.sources.vqav2 import VQAv2
 from aki.data.sources.vsr import VSR
 
-SOURCES: dict[str, type[Source]] = {
+SOURCES: dict[str, type[Source] | type[Scenes]] = {
     "vqav2": VQAv2,
     "gqa": GQA,
     "vsr": VSR,
@@ -36,15 +37,16 @@ SOURCES: dict[str, type[Source]] = {
     "messages": Messages,
     "captions": Captions,
     "datasets": DatasetColumns,
+    "scenes": Scenes,
 }
-"""The paper's eleven (section 4), and what users bring."""
+"""The paper's eleven (section 4), what users bring, and scenes of real things."""
 
 __all__ = ["SOURCES", "Source", "SourceError", "open_source"]
 
 
 def open_source(
     kind: str, *, annotations: Paths, images: Paths | None = None, name: str | None = None, **options: Any
-) -> Source:
+) -> Source | Scenes:
     """Open a source; its annotations are parsed the first time, which for large files takes minutes.
 
     Args:
