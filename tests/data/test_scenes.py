@@ -65,7 +65,7 @@ def thing(name, kind):
 CAT, DOG, CAR, PIE = thing("cat", "animals"), thing("dog", "animals"), thing("car", "vehicles"), thing("pie", "food")
 #   .    cat  car  .
 #   dog  .    .    "ink"
-#   .    .    pie  .
+#   pie  .    .    .
 #   .    .    .    .
 HAND_MADE = Scene(
     (
@@ -73,7 +73,7 @@ HAND_MADE = Scene(
         Placed(0, 2, CAR, size=2),
         Placed(1, 0, DOG, size=1),
         Placed(1, 3, word="ink"),
-        Placed(2, 2, PIE, size=1),
+        Placed(2, 0, PIE, size=1),
     ),
     ground=0,
 )

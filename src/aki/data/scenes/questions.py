@@ -1,7 +1,7 @@
 """Questions about a scene, by skill: a function each, from the scene to (what fills the wording, the answer).
 
 `SUMS` are the skills for which modality-mutual attention should help: a sum over places of something that only the
-question names and that needs the neighbours. Under a causal mask a place is read before it is known what is asked of it.
+question names and that needs the neighbours. Under a causal mask a place is read before anything is asked of it.
 """
 
 from __future__ import annotations

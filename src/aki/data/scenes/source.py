@@ -14,10 +14,11 @@ from aki.data.augment import Augment
 from aki.data.scenes.questions import NAMING, SKILLS, World, ask, caption
 from aki.data.scenes.scene import Scene, make_scene
 from aki.data.scenes.things import HELD_OUT_ONE_IN, Thing, drawn_by_others, read_things
-from aki.data.scenes.words import WORDS
 from aki.data.schema import Sample, assistant, user
 from aki.data.sources.files import Paths, SourceError, as_list
 
+WORDS = Path(__file__).with_name("words.txt").read_text().split()
+"""On plates: common English words, none of them the name of a thing."""
 TASKS = ("caption", "question")
 PARTS = ("train", "same", "things", "words", "crowded", "drawings")
 """Training, and what is held out from it: other scenes of the same, names that it never asks for, words that it never
@@ -58,11 +59,8 @@ class Scenes:
         skills: tuple[str, ...] = (),
         blind: bool = False,
     ):
-        for what, value, known in (
-            ("task", task, TASKS),
-            ("part", part, PARTS),
-            *(("skill", s, SKILLS) for s in skills),
-        ):
+        named = [("skill", skill, SKILLS) for skill in skills]
+        for what, value, known in (("task", task, TASKS), ("part", part, PARTS), *named):
             if value not in known:
                 raise SourceError(f"{name}: there is no {what} {value!r}; there are {', '.join(known)}.")
         if augment is not None:

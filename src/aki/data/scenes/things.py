@@ -1,4 +1,4 @@
-"""Things: pictures with transparent ground and an English name each, from folders laid out as Tux Paint's stamps are."""
+"""Things: pictures with transparent ground and an English name, from folders laid out as Tux Paint's stamps are."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def read_things(folders: Sequence[Path]) -> tuple[Thing, ...]:
     )
     if not things:
         raise SourceError(
-            f"{', '.join(map(str, folders))}: no stamps, which are PNG pictures below {', '.join(KINDS)} with a caption "
-            "in a .txt file beside each. Debian's package tuxpaint-stamps-default holds some; `make scenes` fetches it."
+            f"{', '.join(map(str, folders))}: no stamps: PNG pictures below {', '.join(KINDS)} with a caption in a "
+            ".txt file beside each. Debian's package tuxpaint-stamps-default holds some; `make scenes` fetches it."
         )
     return things
 
