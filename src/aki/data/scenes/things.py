@@ -12,8 +12,6 @@ from zlib import crc32
 
 from PIL import Image, ImageDraw, ImageFont
 
-from aki.data.sources.files import SourceError
-
 KINDS = {
     "animals": ("animal", "animals"),
     "food": ("food", "foods"),
@@ -31,6 +29,10 @@ _CAPTION = re.compile(r"(?:(?:An?|The|Some|Our) )?([A-Za-z-]+(?: [A-Za-z-]+){0,2
 _ARTICLE = re.compile(r"(?:An?|The|Some|Our) ")
 _EMOJI_PIXELS = 109
 """The one size in which the bitmap font Noto Color Emoji holds its pictures."""
+
+
+class NoThings(ValueError):
+    """Folders or a font without pictures of things."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def read_things(folders: Sequence[Path]) -> tuple[Thing, ...]:
     is a name that two kinds share.
 
     Raises:
-        SourceError: there is none.
+        NoThings: there is none.
     """
     pictures: dict[str, dict[str, list[str]]] = {}
     for folder in folders:
@@ -74,7 +76,7 @@ def read_things(folders: Sequence[Path]) -> tuple[Thing, ...]:
         if len(kinds) == 1
     )
     if not things:
-        raise SourceError(
+        raise NoThings(
             f"{', '.join(map(str, folders))}: no stamps: PNG pictures below {', '.join(KINDS)} with a caption in a "
             ".txt file beside each. Debian's package tuxpaint-stamps-default holds some; `make scenes` fetches it."
         )
@@ -88,10 +90,10 @@ def drawn_by_others(things: Sequence[Thing], font: Path) -> tuple[Thing, ...]:
         font: Noto Color Emoji's file.
 
     Raises:
-        SourceError: the font is not there.
+        NoThings: the font is not there.
     """
     if not font.is_file():
-        raise SourceError(f"there is no font {font}; Debian's package fonts-noto-color-emoji holds one.")
+        raise NoThings(f"there is no font {font}; Debian's package fonts-noto-color-emoji holds one.")
     named = _emoji()
     return tuple(
         Thing(thing.name, thing.kind, (f"{font}#{named[thing.name]}",)) for thing in things if thing.name in named

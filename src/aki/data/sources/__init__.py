@@ -6,7 +6,6 @@ import inspect
 from difflib import get_close_matches
 from typing import Any
 
-from aki.data.scenes import Scenes
 from aki.data.sources.base import Source
 from aki.data.sources.captions import Captions
 from aki.data.sources.choices import AOKVQA, ScienceQA
@@ -17,6 +16,7 @@ from aki.data.sources.llava import LlavaConversations, LlavaInstruct, LlavaPairs
 from aki.data.sources.messages import Messages
 from aki.data.sources.ocrvqa import OCRVQA
 from aki.data.sources.regions import RefCOCO, RefCOCOg, RefCOCOPlus, VisualGenome
+from aki.data.sources.scenes import Scenes
 from aki.data.sources.vqav2 import VQAv2
 from aki.data.sources.vsr import VSR
 

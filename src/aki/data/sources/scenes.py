@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -13,11 +14,11 @@ import numpy as np
 from aki.data.augment import Augment
 from aki.data.scenes.questions import NAMING, SKILLS, World, ask, caption
 from aki.data.scenes.scene import Scene, make_scene
-from aki.data.scenes.things import HELD_OUT_ONE_IN, Thing, drawn_by_others, read_things
+from aki.data.scenes.things import HELD_OUT_ONE_IN, NoThings, Thing, drawn_by_others, read_things
 from aki.data.schema import Sample, assistant, user
 from aki.data.sources.files import Paths, SourceError, as_list
 
-WORDS = Path(__file__).with_name("words.txt").read_text().split()
+WORDS = files("aki.data.scenes").joinpath("words.txt").read_text().split()
 """On plates: common English words, none of them the name of a thing."""
 TASKS = ("caption", "question")
 PARTS = ("train", "same", "things", "words", "crowded", "drawings")
@@ -69,9 +70,12 @@ class Scenes:
         self.skills, self.blind = tuple(skills) or tuple(NAMING if part == "things" else SKILLS), blind
         if part == "things" and not set(self.skills) <= set(NAMING):
             raise SourceError(f"{name}: the part things asks for names, which only {', '.join(NAMING)} do.")
-        self.things = _things(tuple(map(str, as_list(annotations))))
-        if part == "drawings":
-            self.things = drawn_by_others(self.things, Path(*as_list(images or ())))
+        try:
+            self.things = _things(tuple(map(str, as_list(annotations))))
+            if part == "drawings":
+                self.things = drawn_by_others(self.things, Path(*as_list(images or ())))
+        except NoThings as error:
+            raise SourceError(f"{name}: {error}") from error
         self.words = tuple(word for word in WORDS if (crc32(word.encode()) % HELD_OUT_ONE_IN == 0) == (part == "words"))
 
     def __len__(self) -> int:
@@ -84,7 +88,7 @@ class Scenes:
         """The same in every epoch, since no epoch has to see a scene again."""
         if not 0 <= index < self.size:
             raise IndexError(f"sample {index} of {self.size} in {self.name}")
-        rng = np.random.default_rng([PARTS.index(self.part), TASKS.index(self.task), self.seed, index])
+        rng = self._generator(index)
         if self.task == "caption":
             scene = self._scene(rng)
             return self._sample(index, scene, "", caption(rng, scene), "caption")
@@ -96,6 +100,13 @@ class Scenes:
             if asked and self.part == "things" and not self._unasked.intersection(_phrases(" ".join(asked))):
                 asked = None
         return self._sample(index, scene, *asked, skill)
+
+    def scene(self, index: int) -> Scene:
+        """The scene of a caption."""
+        return self._scene(self._generator(index))
+
+    def _generator(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([PARTS.index(self.part), TASKS.index(self.task), self.seed, index])
 
     def _scene(self, rng: np.random.Generator) -> Scene:
         return make_scene(rng, self.things, self.words, CROWDED if self.part == "crowded" else (3, 10))
