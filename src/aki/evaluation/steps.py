@@ -18,11 +18,12 @@ from transformers import set_seed
 
 from aki.data.feed import Position
 from aki.evaluation.plan import Cell, row_recipe
+from aki.files import write_json
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.training.data import open_samples, stage_collators, texts
 from aki.training.model import build_processor, model_config
 from aki.training.recipe import Recipe, beyond_defaults
-from aki.training.stages import Job, stage_arguments, stage_trainer, write_json
+from aki.training.stages import Job, stage_arguments, stage_trainer
 from aki.training.trainer import AkiTrainer
 
 FILE = "steps.json"
