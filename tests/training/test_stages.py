@@ -123,7 +123,7 @@ def test_a_run_that_failed_before_it_began_can_be_corrected(tiny_recipe, tmp_pat
 
 def test_the_trainer_refuses_mma_on_captions(tiny_recipe, tmp_path):
     tiny_recipe.pretrain = replace(tiny_recipe.pretrain, rule="mma")
-    with pytest.raises(LeakError, match=r"opens nothing.*attention_rule='causal'"):
+    with pytest.raises(LeakError, match=r"opens nothing.*train with pretrain.rule: causal"):
         run(tiny_recipe, "pretrain", tmp_path)
 
 

@@ -102,11 +102,13 @@ def row_steps(recipe: Recipe, rows: Sequence[str], folder: Path) -> dict[str, St
 def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """What each step returned in each round; every other round goes backwards."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for number in tqdm(range(-WARM_UP, rounds), desc="time a step", unit="round", leave=False, dynamic_ncols=True):
-        for name in list(steps)[:: 1 if number % 2 else -1]:
-            seconds = steps[name]()
-            if number >= 0:
-                taken[name].append(seconds)
+    numbers = range(-WARM_UP, rounds)
+    with tqdm(numbers, desc="time a step", unit="round", leave=False, dynamic_ncols=True) as bar:
+        for number in bar:
+            for name in list(steps)[:: 1 if number % 2 else -1]:
+                seconds = steps[name]()
+                if number >= 0:
+                    taken[name].append(seconds)
     return taken
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
+from aki.attention.guard import CHOOSE_CAUSAL, LeakError
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
 from aki.data.feed import Position
@@ -110,6 +111,8 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
         if trainer.loader is not None:
             trainer.loader.report.write(job.output / REPORT)
         raise
+    except LeakError as error:
+        raise type(error)(str(error).replace(CHOOSE_CAUSAL, f"{job.stage}.rule: causal")) from error
     finally:
         progress.close()
     result = {

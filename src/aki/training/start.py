@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from aki.models import AkiConfig, AkiForConditionalGeneration
+from aki.models.adapters import adapter_of
 from aki.training.folder import RESULT, RunError, training_folder
 from aki.training.model import model_config
 from aki.training.recipe import Recipe
@@ -26,11 +27,10 @@ def check_start(recipe: Recipe, folder: Path) -> None:
         RecipeError: the recipe's own sizes make no model.
     """
     if not (folder / "config.json").exists():
-        adapter = " It holds an adapter alone: merge that into its model, and start from what comes of it."
-        raise RunError(
-            f"{folder} holds no model to start from: run the stage before it first."
-            + (adapter if (folder / "adapter_config.json").exists() else "")
-        )
+        base = adapter_of(folder)
+        if base is not None:
+            raise RunError(f"{folder} holds an adapter alone: merge it into {base} first, and start from that.")
+        raise RunError(f"{folder} holds no model to start from: run the stage before it first.")
     if (training_folder(folder) / "run.json").exists() and not (folder / RESULT).exists():
         raise RunError(f"{folder} holds a run that is not finished: go on with it first, with --resume.")
     kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
@@ -39,9 +39,7 @@ def check_start(recipe: Recipe, folder: Path) -> None:
     differences = list(_differences(recipe, AkiConfig.from_pretrained(folder)))
     if differences:
         shown = "; ".join(differences[:3]) + (f", and {len(differences) - 3} more" if len(differences) > 3 else "")
-        raise RunError(
-            f"the model in {folder} is not the recipe's: {shown}. Correct the recipe, or start from another."
-        )
+        raise RunError(f"{folder} holds another model than the recipe's: {shown}. Correct the recipe, or --start-from.")
 
 
 def _differences(recipe: Recipe, found: AkiConfig) -> Iterator[str]:
