@@ -44,6 +44,13 @@ class LlavaConversations(Source):
         """The samples of a conversation."""
         yield whole
 
+    def asked(self, question: str, images: list[Row]) -> Iterator[Row]:
+        """The parts of a question: its texts, and between them a picture for each mark."""
+        for number, text in enumerate(question.split(MARK)):
+            if text.strip():
+                yield {"type": "text", "text": text.strip()}
+            yield from images[number : number + 1]
+
     def chat(self, row: Row, rng: Random, view: View | None) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         if row["system"]:
@@ -55,7 +62,7 @@ class LlavaConversations(Source):
         for question, answer in zip(questions, answers, strict=True):
             said(question.replace(MARK, ""), "question")
             own, images = images[: _marks(question)], images[_marks(question) :]
-            content = [*first, *_at_marks(question, own)]
+            content = [*first, *self.asked(question, own)]
             messages += [{"role": "user", "content": content}, assistant(said(answer, "answer"))]
             first = []
         return messages
@@ -74,7 +81,12 @@ class LlavaPairs(LlavaConversations):
 
 
 class LlavaInstruct(LlavaPairs):
+    """The release has one picture a conversation, its mark before or behind the first question by chance: it is first."""
+
     FILES = ("llava_instruct_150k.json",)
+
+    def asked(self, question: str, images: list[Row]) -> Iterator[Row]:
+        return super().asked(MARK * len(images) + question.replace(MARK, ""), images)
 
 
 def entry_images(entry: Row) -> list[str]:
@@ -94,15 +106,6 @@ def entry_images(entry: Row) -> list[str]:
 
 def _marks(text: str) -> int:
     return text.count(MARK)
-
-
-def _at_marks(question: str, images: list[Row]) -> Iterator[Row]:
-    """The parts of a question: its texts, and between them a picture for each mark."""
-    texts = question.split(MARK)
-    for number, text in enumerate(texts):
-        if text.strip():
-            yield {"type": "text", "text": text.strip()}
-        yield from images[number : number + 1]
 
 
 def check_turns(speakers: list[str]) -> None:
