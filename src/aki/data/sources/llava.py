@@ -81,7 +81,7 @@ class LlavaPairs(LlavaConversations):
 
 
 class LlavaInstruct(LlavaPairs):
-    """The release has one picture a conversation, its mark before or behind the first question by chance: it is first."""
+    """The release writes the one mark before or behind the first question, by chance: the picture is first."""
 
     FILES = ("llava_instruct_150k.json",)
 
