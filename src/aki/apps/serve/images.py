@@ -21,7 +21,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Pillow knows dozens more; some start other programs, few have been attacked as much as these."""
 DECODING = 5
 """Seconds of a processor that the images of a request may take: what a JPEG costs is its pixels times its scans."""
-_PIECE = 4096
+_PIECE = 1024
 """Bytes of an image that are decoded at a time."""
 
 
