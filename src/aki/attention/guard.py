@@ -1,6 +1,6 @@
 """The leak guard: refuses a batch in which a token is learned from its own future.
 
-Row q is supervised when labels[q + 1] is a label. It leaks when what q sees, directly or through other tokens over any
+Row q is supervised when labels[q + 1] is a label, also where it is padding: what the loss trains decides. It leaks when what q sees, directly or through other tokens over any
 number of layers, reaches past q. With a rule that contains causal attention it does so exactly where the running
 maximum of `far` within the document does: the first step past q is taken from a token at or before q, and q sees all of
 those. So the guard needs no mask and is linear in the batch.
@@ -46,9 +46,8 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
         LeakError: with the row, the rule and the path of the leak.
         NothingOpensError: the rule opens nothing.
     """
-    labels = labels.masked_fill(layout.is_media | layout.is_padding, IGNORE_INDEX)
-    # What padding on the left is taken to predict is no answer.
-    supervised = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)) & ~layout.is_padding
+    labels = labels.masked_fill(layout.is_media, IGNORE_INDEX)
+    supervised = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
     position = torch.arange(labels.shape[1], device=labels.device)
     ahead = reach(rule, layout) > position
     leaks = ahead & supervised
