@@ -36,12 +36,12 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
 
 def _loaded(folder: str | Path, unlock: bool) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with model_of_adapter(folder):
-        found, _ = PreTrainedConfig.get_config_dict(folder)
+    found, _ = PreTrainedConfig.get_config_dict(folder)
     kind = found.get("model_type")
     if kind in (AkiConfig.model_type, None):
-        model = AkiForConditionalGeneration.from_pretrained(folder).to(device).eval()
-        return model, AkiProcessor.from_pretrained(folder)
+        with model_of_adapter(folder):
+            model = AkiForConditionalGeneration.from_pretrained(folder).to(device).eval()
+            return model, AkiProcessor.from_pretrained(folder)
     if not unlock and "attention_rule" not in found:
         raise ValueError(
             f"{folder} holds a model of type {kind!r}, not an AKI model: to lay MMA over it as it is, add --unlock."

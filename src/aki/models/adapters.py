@@ -29,7 +29,7 @@ def model_of_adapter(folder: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         base = adapter_of(folder)
         if base is None:
             raise
