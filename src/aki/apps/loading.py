@@ -30,7 +30,7 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
     looks_local = local.is_absolute() or str(folder).startswith(".") or len(local.parts) > 2
     if local.is_file() or (looks_local and not local.exists()):
         raise ValueError(f"there is no model folder at {folder}.")
-    with _without_bars():
+    with _without_bars(), model_of_adapter(folder):
         return _loaded(folder, unlock)
 
 
@@ -39,9 +39,8 @@ def _loaded(folder: str | Path, unlock: bool) -> tuple[Any, Any]:
     found, _ = PreTrainedConfig.get_config_dict(folder)
     kind = found.get("model_type")
     if kind in (AkiConfig.model_type, None):
-        with model_of_adapter(folder):
-            model = AkiForConditionalGeneration.from_pretrained(folder).to(device).eval()
-            return model, AkiProcessor.from_pretrained(folder)
+        model = AkiForConditionalGeneration.from_pretrained(folder).to(device).eval()
+        return model, AkiProcessor.from_pretrained(folder)
     if not unlock and "attention_rule" not in found:
         raise ValueError(
             f"{folder} holds a model of type {kind!r}, not an AKI model: to lay MMA over it as it is, add --unlock."
