@@ -116,7 +116,7 @@ def run_stage(job: Job) -> dict[str, Any]:
         for name in ("validation", "test"):
             result[name] = _score(job, model, collators[0], getattr(asked, name))
         result |= {"held_out": asked.summary()} if asked.report else {}
-    if stage.task == "question" and stage.order == "text_first":
+    if stage.task == "question" and stage.order in ("text_first", "echo"):
         # Whoever asks this model asks as it was trained.
         processor.chat_template["default"] = collators[0].template
     _save(job, trainer, processor, result)
