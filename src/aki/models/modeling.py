@@ -23,6 +23,7 @@ from transformers.utils import can_return_tuple
 
 from aki.attention import Rule, get_rule, prepare_attention
 from aki.attention.backends import takes_prepared
+from aki.compat import CACHE, CACHE_NAMES
 from aki.layout import IGNORE_INDEX, IMAGE, VIDEO, SequenceLayout, build_layout
 from aki.models.checks import (
     check_complete,
@@ -56,7 +57,7 @@ class AkiPreTrainedModel(PreTrainedModel):
     base_model_prefix = "language_model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -265,7 +266,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         prompt_block_ids: Tensor | None = None,
@@ -273,6 +274,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
         logits_to_keep: int | Tensor = 0,
         pixel_values_videos: Tensor | None = None,
         input_features: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> AkiOutput:
         """Embed, put the media in place, lay the rule over the mask, decode.
@@ -285,7 +287,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
                 Without attention_mask, a restart begins a packed document, which sees nothing of the others. A rule
                 with positions of its own puts them in place of these, except behind cached tokens, where they are
                 taken as they are (`positions_by_rule` gives them).
-            past_key_values: what was seen before; it stays causal.
+            cache: what was seen before; it stays causal.
             inputs_embeds: (batch, length, width) instead of input_ids, for text alone.
             labels: (batch, length) int, -100 is not learned. What stands on placeholders is ignored.
             prompt_block_ids: (batch, length) int from the processor, -1 for answers and padding.
@@ -293,12 +295,14 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
             logits_to_keep: only the logits of the last so many positions (0: all), or of these positions.
             pixel_values_videos: (videos, config.video_frames, channels, height, width) float.
             input_features: (audio clips, mel bins, time) float.
+            past_key_values: what `cache` is called before transformers 5.24.
 
         Raises:
             ValueError: media and placeholders do not fit, or the rule cannot be applied.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds.")
+        cache = past_key_values if cache is None else cache
         given = {
             "pixel_values": pixel_values,
             "pixel_values_videos": pixel_values_videos,
@@ -318,42 +322,42 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
             raise ValueError(f"{next(iter(media_values))} need input_ids, whose placeholders say where they go.")
 
         rule = get_rule(attention_rule or self.config.attention_rule)
-        check_rule_inputs(rule, input_ids, position_ids, past_key_values)
+        check_rule_inputs(rule, input_ids, position_ids, cache)
         length = inputs_embeds.shape[1]
         padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         if position_ids is None and padding is not None:
             position_ids = (padding.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-        elif position_ids is not None and attention_mask is None and past_key_values is None:
+        elif position_ids is not None and attention_mask is None and cache is None:
             # transformers keeps packed documents apart only where no cache is made.
             kwargs |= {"use_cache": False} if _starts_again(position_ids) else {}
 
         masks: Tensor | BlockMask | dict | None = attention_mask
         prepared = masks is not None and padding is None
         opens_ahead = rule.name != "causal" and (bool(embeds) or (rule.opens_text and length > 1))
-        without_mask = takes_prepared(self.config.text_config, past_key_values)
+        without_mask = takes_prepared(self.config.text_config, cache)
         if input_ids is not None and (opens_ahead or without_mask) and not prepared:
             # Prompt blocks only matter where something can be opened.
             nowhere = None if opens_ahead else torch.full_like(input_ids, -1)
             layout = self.layout(
                 input_ids,
                 attention_mask=None if padding is None else padding[:, -length:],
-                position_ids=position_ids if past_key_values is None else None,
+                position_ids=position_ids if cache is None else None,
                 prompt_block_ids=prompt_block_ids if nowhere is None else nowhere,
                 labels=labels,
                 attention_rule=rule.name,
             )
             masks = prepare_attention(
-                rule, layout, self.config.text_config, inputs_embeds, padding, past_key_values, position_ids
+                rule, layout, self.config.text_config, inputs_embeds, padding, cache, position_ids
             )
-            position_ids = _positions(rule, layout, past_key_values, position_ids)
+            position_ids = _positions(rule, layout, cache, position_ids)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=masks,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             logits_to_keep=logits_to_keep,
             return_dict=True,
+            **{CACHE: cache},
             **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
         )
         loss = None
@@ -370,10 +374,10 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
         return AkiOutput(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=embeds.get("pixel_values"),
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _put_media(self, input_ids: Tensor, inputs_embeds: Tensor, embeds: dict[str, Tensor]) -> Tensor:
