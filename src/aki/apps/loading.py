@@ -30,14 +30,13 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
     looks_local = local.is_absolute() or str(folder).startswith(".") or len(local.parts) > 2
     if local.is_file() or (looks_local and not local.exists()):
         raise ValueError(f"there is no model folder at {folder}.")
-    with _without_bars():
+    with _without_bars(), model_of_adapter(folder):
         return _loaded(folder, unlock)
 
 
 def _loaded(folder: str | Path, unlock: bool) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with model_of_adapter(folder):
-        found, _ = PreTrainedConfig.get_config_dict(folder)
+    found, _ = PreTrainedConfig.get_config_dict(folder)
     kind = found.get("model_type")
     if kind in (AkiConfig.model_type, None):
         model = AkiForConditionalGeneration.from_pretrained(folder).to(device).eval()
