@@ -23,7 +23,14 @@ def test_a_folder_with_an_adapter_is_no_matter_of_the_network(command, tmp_path,
     monkeypatch.setattr("sys.stdin", io.StringIO("what?"))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
     said = says(capsys, *command, tmp_path)
-    assert "some/base" in said
+    assert "holds an adapter alone, and its model, some/base, is not there" in said
+    assert "internet" not in said
+
+
+def test_a_folder_without_a_model(tmp_path, capsys):
+    """Entry 26, of the kind."""
+    said = says(capsys, "chat", tmp_path, "hi")
+    assert "there is no config.json in it" in said
     assert "internet" not in said
 
 

@@ -23,10 +23,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 _SHOWN = 200
 """Characters of a name that a message repeats: a string that should have been a path may be a whole file."""
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _SIXTEEN_TO_EIGHT = [(value + 128) // 257 for value in range(65536)]
 """value / 257, rounded."""
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
