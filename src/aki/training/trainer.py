@@ -15,13 +15,16 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from aki.attention import check_no_leak, get_rule
+from aki.attention import NothingOpensError, check_no_leak, get_rule
 from aki.data.feed import Loader
 from aki.data.report import DataReport
 from aki.layout import IGNORE_INDEX
 from aki.models import AkiForConditionalGeneration
 from aki.training.checkpoint import WHOLE, mark_whole
 from aki.training.data import save_position
+
+NEVER_OPENS = 100
+"""Batches with media that open nothing, after which a stage is taken for one that never opens anything."""
 
 
 class AkiTrainer(Trainer):
@@ -30,6 +33,7 @@ class AkiTrainer(Trainer):
     Args:
         score: model -> metrics, called every `eval_steps`.
         loader: the batches of this process, instead of a `train_dataset` that is shuffled and dealt out here.
+        may_open_nothing: a batch with media may open nothing, as long as one of the first opens something.
     """
 
     def __init__(
@@ -37,11 +41,13 @@ class AkiTrainer(Trainer):
         *args,
         score: Callable[[AkiForConditionalGeneration], dict[str, float]] | None = None,
         loader: Loader | None = None,
+        may_open_nothing: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs, **({} if loader is None else {"train_dataset": loader.feed}))
         self.score, self.loader = score, loader
         self.guard_seconds = 0.0
+        self.may_open_nothing, self.opened, self.shut = may_open_nothing, False, 0
 
     def get_train_dataloader(self) -> Any:
         return super().get_train_dataloader() if self.loader is None else self.loader
@@ -98,12 +104,23 @@ class AkiTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
         started = time.perf_counter()
-        guard_batch(self.accelerator.unwrap_model(model), inputs)
+        self._guard(model, inputs)
         self.guard_seconds += time.perf_counter() - started
         # DataParallel would deal positions out to its devices as if they were rows.
         if "labels" in inputs and self.args.n_gpu <= 1:
             inputs = {**inputs, "logits_to_keep": supervised_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _guard(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Run the leak guard, which refuses a batch that opens nothing too, unless that is what was drawn."""
+        whole: Any = self.accelerator.unwrap_model(model)
+        try:
+            guard_batch(whole, inputs)
+            self.opened |= any(name in inputs for name in whole.config.media)
+        except NothingOpensError:
+            self.shut += 1
+            if not self.may_open_nothing or (not self.opened and self.shut >= NEVER_OPENS):
+                raise
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As the Trainer's, without the language model's input embeddings (paper, section 4)."""
