@@ -65,6 +65,8 @@ class AkiConfig(PreTrainedConfig):
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
         "audio_connector_config": SubConfigSpec(config_class=AkiConnectorConfig, optional=True),
     }
+    # What evaluation does not gather, from all processes and for the whole set.
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "image_hidden_states"]
     # Those to which transformers hands an attention implementation; a connector is no transformers model.
     sub_configs: ClassVar = dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig)
 

@@ -115,3 +115,12 @@ def build_connector(config: AkiConnectorConfig, encoder_width: int, text_width: 
     if name not in CONNECTORS:
         raise ValueError(f"there is no connector {name!r}; there are {', '.join(CONNECTORS)}.")
     return CONNECTORS[name](config, encoder_width, text_width)
+
+
+def computation_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype that a module computes in: that of its floating-point parameters; quantised ones are stored integers.
+
+    Args:
+        default: where all of them are quantised, which then compute in the dtype of what comes in.
+    """
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)

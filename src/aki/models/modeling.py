@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from transformers.utils import can_return_tuple
 from aki.attention import Rule, get_rule, prepare_attention
 from aki.attention.backends import takes_prepared
 from aki.layout import IGNORE_INDEX, IMAGE, VIDEO, SequenceLayout, build_layout
+from aki.models.blanks import with_blanks
 from aki.models.checks import (
     check_complete,
     check_count,
@@ -32,7 +34,7 @@ from aki.models.checks import (
     check_takes_one_input,
 )
 from aki.models.configuration import AkiConfig
-from aki.models.connectors import PerceiverResampler, build_connector
+from aki.models.connectors import PerceiverResampler, build_connector, computation_dtype
 from aki.models.explain import AkiExplainMixin
 from aki.models.features import FeatureCache
 from aki.models.generation import AkiGenerationMixin
@@ -206,7 +208,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
         else:
             features = self._encode(media, values.flatten(0, 1) if media.modality == VIDEO else values)
         connector = self.get_submodule(media.connector)
-        embeds = connector(features.to(next(connector.parameters()).dtype))
+        embeds = connector(features.to(computation_dtype(connector, features.dtype)))
         return embeds.unflatten(0, (-1, media.frames)).flatten(1, 2)
 
     def patch_features(self, pixel_values: Tensor) -> Tensor:
@@ -309,8 +311,10 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            embeds = {name: self._media_features(name, values) for name, values in media_values.items()}
-            inputs_embeds = self._put_media(input_ids, inputs_embeds, embeds)
+            shown = with_blanks(self, media_values, past_key_values)
+            features = {name: self._media_features(name, values) for name, values in shown.items()}
+            embeds = {name: features[name] for name in media_values}
+            inputs_embeds = self._put_media(input_ids, inputs_embeds, features, media_values)
             if labels is not None:
                 for media in self.config.media.values():
                     labels = labels.masked_fill(input_ids == media.token_id, IGNORE_INDEX)
@@ -376,12 +380,15 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
             image_hidden_states=embeds.get("pixel_values"),
         )
 
-    def _put_media(self, input_ids: Tensor, inputs_embeds: Tensor, embeds: dict[str, Tensor]) -> Tensor:
+    def _put_media(
+        self, input_ids: Tensor, inputs_embeds: Tensor, embeds: dict[str, Tensor], given: Collection[str]
+    ) -> Tensor:
+        """What is not given stays in the graph, at no placeholder."""
         for name, media in self.config.media.items():
             placeholders = input_ids == media.token_id
             if name in embeds:
                 items, tokens, _ = embeds[name].shape
-                check_count(int(placeholders.sum()), items, tokens, media.name)
+                check_count(int(placeholders.sum()), items if name in given else 0, tokens, media.name)
                 inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], embeds[name].to(inputs_embeds))
             elif self.training or input_ids.shape[1] > 1:
                 check_count(int(placeholders.sum()), 0, media.tokens_per_item, media.name)

@@ -35,6 +35,8 @@ from aki.training.trainer import AkiTrainer, Progress, has_whole_checkpoint, las
 from aki.training.view import training_scenes
 
 RESULT = "result.json"
+_LOOKED_AT = 64
+"""Samples in which pictures are looked for before training."""
 
 
 class RunError(ValueError):
@@ -224,10 +226,10 @@ def stage_trainer(
         loader = stage_loader(samples, collators, recipe, stage, rank, ranks, position, torch.cuda.is_available())
         data = {"data_collator": collator, "loader": loader}
         if "vision_encoder" in stage.frozen:
-            seen = samples.peek(8, lambda sample: collator.encode(sample)[0].get("pixel_values"))
-            pictured = [one for one in seen if one is not None]
+            seen = samples.peek(_LOOKED_AT, lambda sample: (collator.encode(sample)[0].get("pixel_values"),))
+            pictured = [one for (one,) in seen if one is not None][:8]
     if "vision_encoder" in stage.frozen:
-        _settle_encoder(model, torch.cat(pictured), recipe, arguments.device)
+        _settle_encoder(model, pictured, recipe, arguments)
     score = None if asked is None else lambda current: _score(job, current, collator, asked.validation)
     return AkiTrainer(model, arguments, **data, eval_dataset=None if asked is None else asked.validation, score=score)
 
@@ -253,11 +255,24 @@ def _name(scenes: DigitScenes, collators: list[ChatCollator]) -> str:
 
 
 def _settle_encoder(
-    model: AkiForConditionalGeneration, pixel_values: Tensor, recipe: Recipe, device: torch.device
+    model: AkiForConditionalGeneration, pictures: list[Tensor], recipe: Recipe, arguments: TrainingArguments
 ) -> None:
-    """A frozen encoder runs in the lowest precision that keeps its features, and once a picture if there is a cache."""
-    model.vision_encoder.to(device)
-    model.encoder_dtype = lowest_precision(model.patch_features, pixel_values.to(device))
+    """A frozen encoder runs in the lowest precision that keeps its features, and once a picture if there is a cache.
+
+    Where there are no pictures to settle it on, it keeps its own.
+
+    Raises:
+        RunError: a cache, and an encoder that is sharded.
+    """
+    model.vision_encoder.to(arguments.device)
+    model.encoder_dtype = model.vision_encoder.dtype
+    if pictures:
+        model.encoder_dtype = lowest_precision(model.patch_features, torch.cat(pictures).to(arguments.device))
+    if recipe.feature_cache is not None and arguments.fsdp:
+        raise RunError(
+            "fsdp shards the vision encoder, which all processes then run at the same time, and feature_cache would let "
+            "some of them skip it: take one of them out of the recipe."
+        )
     if recipe.feature_cache is not None:
         model.feature_cache = FeatureCache(recipe.feature_cache, model.vision_encoder, model.encoder_dtype)
 
