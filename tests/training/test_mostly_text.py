@@ -25,7 +25,7 @@ def own_data(folder, pictures):
     return SourceRecipe("messages", (str(folder / "own.jsonl"),), (str(folder),))
 
 
-@pytest.mark.parametrize("pictures", [(), (3,)], ids=["none", "one in 40"])
+@pytest.mark.parametrize("pictures", [(), (5,)], ids=["none", "one in 40"])
 def test_12_8_mostly_text_trains(tiny_recipe, tmp_path, monkeypatch, pictures):
     settled_on = []
     monkeypatch.setattr(stages, "lowest_precision", lambda _, pixels: settled_on.append(pixels) or torch.float32)

@@ -10,8 +10,8 @@ from aki.models.processing import AkiProcessor
 AutoConfig.register(AkiConfig.model_type, AkiConfig, exist_ok=True)
 AutoModelForImageTextToText.register(AkiConfig, AkiForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(AkiConfig, AkiProcessor, exist_ok=True)
-# transformers' Trainer shifts the labels that it smooths for the classes that it knows by these names, and for no others;
-# where it serves, the second tells that this one reads pictures.
+# transformers' Trainer shifts the labels that it smooths for classes of the first kind alone; where it serves, the second
+# tells that this one reads pictures.
 for names in (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,

@@ -1,7 +1,7 @@
 """A blank item of each kind of media that a batch lacks, so that all parts of a model take part in each of its steps.
 
-Processes that train together, or hold a shard of the model each, meet in every part: one whose batch has no picture, and
-so runs no encoder, would leave the others waiting.
+Processes that train together, or hold a shard of the model each, meet in every part: one whose batch has no picture,
+and so runs no encoder, would leave the others waiting.
 """
 
 from __future__ import annotations

@@ -270,8 +270,8 @@ def _settle_encoder(
         model.encoder_dtype = lowest_precision(model.patch_features, torch.cat(pictures).to(arguments.device))
     if recipe.feature_cache is not None and arguments.fsdp:
         raise RunError(
-            "fsdp shards the vision encoder, which all processes then run at the same time, and feature_cache would let "
-            "some of them skip it: take one of them out of the recipe."
+            "fsdp shards the vision encoder, which all processes then run at the same time, and feature_cache would "
+            "let some of them skip it: take one of them out of the recipe."
         )
     if recipe.feature_cache is not None:
         model.feature_cache = FeatureCache(recipe.feature_cache, model.vision_encoder, model.encoder_dtype)
