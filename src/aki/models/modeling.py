@@ -27,7 +27,6 @@ from aki.attention.backends import takes_prepared
 from aki.layout import IGNORE_INDEX, IMAGE, VIDEO, SequenceLayout, build_layout
 from aki.models.blanks import with_blanks
 from aki.models.checks import (
-    check_complete,
     check_count,
     check_rule_inputs,
     check_size,
@@ -38,7 +37,9 @@ from aki.models.connectors import PerceiverResampler, build_connector, computati
 from aki.models.explain import AkiExplainMixin
 from aki.models.features import FeatureCache
 from aki.models.generation import AkiGenerationMixin
+from aki.models.loading import check_before, check_loaded
 from aki.models.media import Media
+from aki.models.weights import check_complete, check_finite
 
 
 @dataclass
@@ -101,8 +102,9 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
         """As transformers' `from_pretrained`, which would make up missing weights at random, and load pickles.
 
         Raises:
-            ValueError: the checkpoint is another model's, or lacks weights.
+            ValueError: the checkpoint is another model's, or its weights are not those of its config.json, or broken.
         """
+        check_before(cls, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
@@ -110,7 +112,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
             output_loading_info=True,
             **kwargs,
         )
-        check_complete(pretrained_model_name_or_path, info["missing_keys"])
+        check_loaded(pretrained_model_name_or_path, model, info)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -419,6 +421,7 @@ def _connector_of(media: Media, config: AkiConfig) -> nn.Module:
 def _load_backbone(auto_class: Any, name: str, config: PreTrainedConfig) -> PreTrainedModel:
     model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True)
     check_complete(name, info["missing_keys"])
+    check_finite(name, dict(model.named_parameters()))
     return model
 
 
