@@ -1,4 +1,4 @@
-"""What is looked at before a folder's weights are read, and after: a configuration beyond all sizes, weights of none."""
+"""What is looked at before a folder's weights are read, and after: sizes that nobody has, numbers that are none."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def check_finite(name: Any, tensors: dict[str, Tensor]) -> None:
     broken = sorted(tensor for tensor, values in tensors.items() if not _is_finite(values))
     if broken:
         raise ValueError(
-            f"the checkpoint {name} has NaN or infinite numbers in {len(broken)} of its weights, with which every answer "
-            f"is nonsense: {_some(broken)}."
+            f"the checkpoint {name} has NaN or infinite numbers in {len(broken)} of its weights, with which every "
+            f"answer is nonsense: {_some(broken)}."
         )
 
 
