@@ -38,22 +38,22 @@ def refused(folder, match):
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 def test_12_14_one_number_that_is_none(folder, number):
-    latents = load_file(folder / "model.safetensors")["connector.latents"]
+    latents = load_file(folder / "model.safetensors")["model.connector.latents"]
     latents[1, 2] = number
-    rewrite(folder, **{"connector.latents": latents})
-    refused(folder, r"NaN or infinite numbers in 1 of its weights, .*: connector\.latents\.")
+    rewrite(folder, **{"model.connector.latents": latents})
+    refused(folder, r"NaN or infinite numbers in 1 of its weights, .*: model\.connector\.latents\.")
 
 
 def test_12_14_weights_that_no_part_takes(folder):
-    rewrite(folder, **{"connector.layers.9.extra": torch.ones(2)})
-    refused(folder, r"holds 1 weights that no part of the model takes, .*: connector\.layers\.9\.extra\.")
+    rewrite(folder, **{"model.connector.layers.9.extra": torch.ones(2)})
+    refused(folder, r"holds 1 weights that no part of the model takes, .*: model\.connector\.layers\.9\.extra\.")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
 def test_12_14_integers_where_floats_belong(folder, dtype):
-    latents = load_file(folder / "model.safetensors")["connector.latents"]
-    rewrite(folder, **{"connector.latents": latents.to(dtype)})
-    refused(folder, r"in 1 tensors: connector\.latents is (I8|I64|BOOL) instead of floating point")
+    latents = load_file(folder / "model.safetensors")["model.connector.latents"]
+    rewrite(folder, **{"model.connector.latents": latents.to(dtype)})
+    refused(folder, r"in 1 tensors: model\.connector\.latents is (I8|I64|BOOL) instead of floating point")
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,11 @@ def inputs(connector: str):
 def test_12_13_a_connector_of_integers_gets_features_in_floating_point():
     model = tiny_model(connector="mlp")
     for number in (0, 2):
-        model.connector.layers[number] = Int8Linear(model.connector.layers[number])
+        model.model.connector.layers[number] = Int8Linear(model.model.connector.layers[number])
     restored = tiny_model(connector="mlp")
     for number in (0, 2):
-        quantised = model.connector.layers[number]
-        restored.connector.layers[number].weight.data = quantised.weight * quantised.scale.detach()
+        quantised = model.model.connector.layers[number]
+        restored.model.connector.layers[number].weight.data = quantised.weight * quantised.scale.detach()
     with torch.no_grad():
         assert_same(model(**inputs("mlp")).logits, restored(**inputs("mlp")).logits)
 
@@ -60,7 +60,7 @@ def test_12_13_bitsandbytes(tmp_path, connector, bits):
     model.save_pretrained(tmp_path / "whole")
     how = BitsAndBytesConfig(**{f"load_in_{bits}bit": True, "llm_int8_skip_modules": ["lm_head"]})
     quantised = AkiForConditionalGeneration.from_pretrained(tmp_path / "whole", quantization_config=how)
-    stored = {parameter.dtype for parameter in quantised.connector.parameters()}
+    stored = {parameter.dtype for parameter in quantised.model.connector.parameters()}
     assert stored & {torch.int8, torch.uint8}
     with torch.no_grad():
         exact, found = (one(**inputs(connector)).logits for one in (model, quantised))

@@ -113,7 +113,7 @@ def train(
     )
     model = build()
     for part in frozen:
-        model.get_submodule(part).requires_grad_(False)
+        model.parts[part].requires_grad_(False)
     trainer = InOrder(model, arguments, train_dataset=Rows(samples_a_row, text_only), data_collator=PackedCollator(0))
     trainer.train()
     assert trainer.state.global_step == len(SAMPLES) // 4
@@ -128,7 +128,7 @@ def sharded_step(rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
     labels = sum(answer for _, answer in SAMPLES)
     if ranks > 1:
         mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,))
-        for layer in model.language_model.model.layers:
+        for layer in model.model.language_model.layers:
             dist.fsdp.fully_shard(layer, mesh=mesh)
         dist.fsdp.fully_shard(model, mesh=mesh)
     loss = model(

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, SiglipVisionConfig, WhisperConfig
 from two_processes import on_two
 
 from aki import AkiConfig, AkiForConditionalGeneration
+from aki.models import modeling
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGE, VIDEO, AUDIO, FRAMES, STEPS, MELS = 3, 4, 5, 2, 3, 4
@@ -64,13 +65,13 @@ def test_12_7_what_a_batch_lacks_takes_part_and_changes_no_loss(omni, kinds):
     # Bit for bit what inference computes, which runs no part that is not needed.
     assert torch.equal(omni.eval()(**given).loss, loss)
     for kind, part in ((IMAGE, "connector"), (VIDEO, "video_connector"), (AUDIO, "audio_connector")):
-        for name, parameter in omni.get_submodule(part).named_parameters():
+        for name, parameter in omni.model.get_submodule(part).named_parameters():
             assert parameter.grad is not None, name
             assert bool(parameter.grad.any()) == (kind in kinds), name
 
 
 def test_12_7_inference_encodes_nothing_that_is_not_there(omni, monkeypatch):
-    monkeypatch.setattr(type(omni), "_media_features", lambda *_: pytest.fail("a blank was encoded"))
+    monkeypatch.setattr(modeling, "encode_media", lambda *_: pytest.fail("a blank was encoded"))
     omni.eval()
     with torch.no_grad():
         omni(**inputs())

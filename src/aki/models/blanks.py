@@ -26,14 +26,14 @@ def with_blanks(model: Any, given: dict[str, Tensor], cache: Cache | None) -> di
     Always in that order, because sharded encoders meet in the order in which they run.
 
     Args:
-        model: an AKI model.
+        model: AKI's backbone.
         given: inputs to forward, by their names in `config.media`.
         cache: behind cached tokens media are seen already, by all processes.
     """
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        return given
     media = model.config.media
     lacking = [name for name in media if name not in given and _takes_part(model, media[name])]
+    if lacking and cache is not None and int(cache.get_seq_length()) > 0:
+        return given
     filled = given | {name: _blank(media[name], model.device) for name in lacking}
     return {name: filled[name] for name in (*media, *given) if name in filled}
 
