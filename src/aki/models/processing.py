@@ -17,6 +17,7 @@ from aki.models.chats import Openers, prepare
 from aki.models.clips import ClipError, open_audio, open_video, pick_frames
 from aki.models.images import open_image
 from aki.models.plain_text import as_text
+from aki.models.template_limits import check_templates
 from aki.models.templates import ANSWER_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN
 
 
@@ -78,6 +79,17 @@ class AkiProcessor(ProcessorMixin):
         if audio_seq_length is not None and audio_extractor is None:
             raise ValueError("audio needs the encoder's feature extractor: pass audio_extractor.")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> Any:
+        """As transformers'.
+
+        Raises:
+            ValueError: a chat template that never ends, or fills the memory.
+        """
+        processor = super().from_pretrained(*args, **kwargs)
+        check_templates(processor)
+        return processor
 
     def _loaded(self, part: Any, type_key: str) -> Any:
         """A saved processor holds its parts as dictionaries."""
