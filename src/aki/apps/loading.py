@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedC
 
 from aki.attention import unlock as unlock_model
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models.adapters import model_of_adapter
 
 
 def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
@@ -27,7 +28,8 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
     if local.is_file() or (looks_local and not local.exists()):
         raise ValueError(f"there is no model folder at {folder}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found, _ = PreTrainedConfig.get_config_dict(folder)
+    with model_of_adapter(folder):
+        found, _ = PreTrainedConfig.get_config_dict(folder)
     kind = found.get("model_type")
     if kind in (AkiConfig.model_type, None):
         model = AkiForConditionalGeneration.from_pretrained(folder).to(device).eval()

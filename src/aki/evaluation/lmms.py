@@ -23,6 +23,7 @@ import aki
 from aki.attention import BACKENDS, get_rule
 from aki.evaluation.answers import AnswerCache, key_of
 from aki.evaluation.fingerprints import data_fingerprint, model_fingerprint
+from aki.models.adapters import model_of_adapter
 
 MAX_NEW_TOKENS = 1024
 """Where a task names no limit."""
@@ -194,7 +195,8 @@ def load_model(pretrained: str, dtype: str, rule: str | None, unlock: bool, back
     known = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
         raise ValueError(f"dtype must be auto or a floating torch dtype such as bfloat16, it is {dtype!r}.")
-    config = AutoConfig.from_pretrained(pretrained)
+    with model_of_adapter(pretrained):
+        config = AutoConfig.from_pretrained(pretrained)
     processor = AutoProcessor.from_pretrained(pretrained)
     is_aki = isinstance(config, aki.AkiConfig)
     if is_aki and unlock:

@@ -130,7 +130,7 @@ class AkiProcessor(ProcessorMixin):
             raise ValueError(f"this processor takes {', '.join(self._openers)} alone, not {', '.join(refused)}.")
         if images is not None:
             images = _open_nested(images)
-            images = None if images == [] else images
+            images = None if _is_empty(images) else images
         if videos is not None:
             videos = [open_video(video) for video in _flat(videos)] or None
         if audio is not None:
@@ -355,6 +355,11 @@ def _leaves(images) -> Iterator[Any]:
             yield from _leaves(image)
     else:
         yield images
+
+
+def _is_empty(images) -> bool:
+    """Whether no text has an image: an empty list, or one of empty lists."""
+    return isinstance(images, list) and all(map(_is_empty, images))
 
 
 def _begun(conversation: list) -> list:
