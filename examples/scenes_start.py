@@ -144,13 +144,13 @@ def train_connector(
     )
     centre = said.mean(0)
     targets = nn.functional.normalize(said - centre, dim=-1)
-    optimizer = torch.optim.AdamW(model.connector.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.model.connector.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
 
     def loss_of(pixels: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             features = model.patch_features(normalised(pixels))
-        places = at_places(model.connector(features)) - centre
+        places = at_places(model.model.connector(features)) - centre
         scores = nn.functional.normalize(places.float(), dim=-1) @ targets.T / TEMPERATURE
         wanted = torch.where(labels[:, 0] >= 0, labels[:, 0], labels[:, 1] + len(data.names) * (labels[:, 1] >= 0))
         # As long as the language model's own embeddings, whose length its layers are used to.
@@ -158,7 +158,7 @@ def train_connector(
         loss = nn.functional.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
         return loss + (length - 1) ** 2, {"right": _right(scores, wanted)}
 
-    _train("connector", model.connector, optimizer, schedule, data, batch_size, steps, folder, loss_of)
+    _train("connector", model.model.connector, optimizer, schedule, data, batch_size, steps, folder, loss_of)
 
 
 def _right(scores: Tensor, labels: Tensor) -> float:

@@ -122,7 +122,7 @@ def test_text_first_captions_teach_the_connector_nothing_and_questions_do(tiny_r
         (collate,) = collators(processor, name, order)
         model.zero_grad()
         model(**collate([data[i] for i in range(4)])).loss.backward()
-        return sum(float(p.grad.abs().sum()) for p in model.connector.parameters() if p.grad is not None)
+        return sum(float(p.grad.abs().sum()) for p in model.model.connector.parameters() if p.grad is not None)
 
     assert gradient("caption", "caption", "text_first") == 0
     assert gradient("caption", "caption", "image_first") > 0

@@ -39,7 +39,8 @@ def test_two_stages_make_a_model_that_loads_and_answers(tiny_recipe, tmp_path):
         for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
         if not torch.equal(a, b)
     ]
-    assert {name.split(".")[0] for name in changed} == {"vision_encoder", "connector", "language_model"}
+    parts = {name.removeprefix("model.").split(".")[0] for name in changed}
+    assert parts == {"vision_encoder", "connector", "language_model", "lm_head"}
     assert AkiProcessor.from_pretrained(tmp_path / "sft").image_seq_length == 9
     assert "step 6/6" in (tmp_path / "sft/training/log.txt").read_text()
 
@@ -50,7 +51,7 @@ def test_frozen_parts_do_not_move(tiny_recipe, tmp_path):
     run(tiny_recipe, "sft", tmp_path / "b", start_from=tmp_path / "a")
     before, after = (AkiForConditionalGeneration.from_pretrained(tmp_path / name).state_dict() for name in "ab")
     for name, weight in before.items():
-        assert torch.equal(weight, after[name]) == name.startswith("vision_encoder"), name
+        assert torch.equal(weight, after[name]) == name.startswith("model.vision_encoder"), name
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])
@@ -155,8 +156,8 @@ def test_schedule_and_decay_are_the_papers(tiny_recipe, tmp_path):
     expected += [low + (high - low) * (1 + math.cos(math.pi * (step - 4) / 15)) / 2 for step in range(5, 20)]
     assert rates == pytest.approx(expected)
     decayed = set(trainer.get_decay_parameter_names(model))
-    assert "language_model.model.layers.0.mlp.up_proj.weight" in decayed
-    assert "language_model.lm_head.weight" in decayed
+    assert "model.language_model.layers.0.mlp.up_proj.weight" in decayed
+    assert "lm_head.weight" in decayed
     assert not any("norm" in name or name.endswith("bias") or "embed_tokens" in name for name in decayed)
 
 

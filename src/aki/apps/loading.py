@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers.utils import logging
 
 from aki.attention import unlock as unlock_model
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
@@ -27,13 +30,17 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
     looks_local = local.is_absolute() or str(folder).startswith(".") or len(local.parts) > 2
     if local.is_file() or (looks_local and not local.exists()):
         raise ValueError(f"there is no model folder at {folder}.")
+    with _without_bars(), model_of_adapter(folder):
+        return _loaded(folder, unlock)
+
+
+def _loaded(folder: str | Path, unlock: bool) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found, _ = PreTrainedConfig.get_config_dict(folder)
     kind = found.get("model_type")
     if kind in (AkiConfig.model_type, None):
-        with model_of_adapter(folder):
-            model = AkiForConditionalGeneration.from_pretrained(folder).to(device).eval()
-            return model, AkiProcessor.from_pretrained(folder)
+        model = AkiForConditionalGeneration.from_pretrained(folder).to(device).eval()
+        return model, AkiProcessor.from_pretrained(folder)
     if not unlock and "attention_rule" not in found:
         raise ValueError(
             f"{folder} holds a model of type {kind!r}, not an AKI model: to lay MMA over it as it is, add --unlock."
@@ -43,3 +50,15 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
     model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, dtype="auto", **closed)
     processor = AutoProcessor.from_pretrained(folder, **closed)
     return unlock_model(model.to(device).eval(), processor), processor
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """An answer for a person or a script is no place for the bars of loading."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

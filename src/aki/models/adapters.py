@@ -22,16 +22,18 @@ def adapter_of(folder: str | Path) -> str | None:
 
 @contextmanager
 def model_of_adapter(folder: str | Path) -> Iterator[None]:
-    """Say of an adapter's folder which model is missing, where transformers speaks of the internet.
+    """Say what a folder lacks, where transformers speaks of the internet.
 
     Raises:
-        ValueError: there is an adapter in the folder and its model cannot be loaded.
+        ValueError: there is an adapter in the folder and its model cannot be loaded, or no model at all.
     """
     try:
         yield
     except (OSError, ValueError) as error:
         base = adapter_of(folder)
         if base is None:
+            if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
+                raise ValueError(f"{folder} holds no model: there is no config.json in it.") from error
             raise
         raise ValueError(
             f"{folder} holds an adapter alone, and its model, {base}, is not there: merge the two (merge_and_unload of "

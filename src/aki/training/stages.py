@@ -213,7 +213,7 @@ def stage_trainer(
     model.config.attention_rule = stage.rule
     model.set_attn_implementation({"text_config": recipe.attention})
     for part in stage.frozen:
-        getattr(model, part).requires_grad_(False)
+        model.parts[part].requires_grad_(False)
     data: dict[str, Any]
     if samples is None:
         assert isinstance(collator.processor, AkiProcessor)
@@ -264,10 +264,11 @@ def _settle_encoder(
     model: AkiForConditionalGeneration, pixel_values: Tensor, recipe: Recipe, device: torch.device
 ) -> None:
     """A frozen encoder runs in the lowest precision that keeps its features, and once a picture if there is a cache."""
-    model.vision_encoder.to(device)
-    model.encoder_dtype = lowest_precision(model.patch_features, pixel_values.to(device))
+    backbone = model.model
+    backbone.vision_encoder.to(device)
+    backbone.encoder_dtype = lowest_precision(model.patch_features, pixel_values.to(device))
     if recipe.feature_cache is not None:
-        model.feature_cache = FeatureCache(recipe.feature_cache, model.vision_encoder, model.encoder_dtype)
+        backbone.feature_cache = FeatureCache(recipe.feature_cache, backbone.vision_encoder, backbone.encoder_dtype)
 
 
 def _load(folder: Path) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
