@@ -57,7 +57,7 @@ def run(way: str, seed: int, recipe: Recipe, output: Path) -> dict[str, Any]:
     job = Job(recipe, "pretrain", folder / "pretrain", resume=True, title=f"{way} {seed} captions")
     if way == "naive":
         with (
-            patch("aki.training.trainer.guard_batch", lambda *_: None),
+            patch("aki.training.trainer.check_layout", lambda *_: None),
             patch("aki.training.data.ChatCollator", Everything),
         ):
             first = run_stage(job)
