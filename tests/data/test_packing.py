@@ -43,7 +43,7 @@ def parts(tiny_recipe):
 
 def rows_of(parts, **options) -> PackedRows:
     _, collate, data = parts
-    return PackedRows(data, collate, **{"row_tokens": 100, "buffer": 20, **options})
+    return PackedRows(data, [collate], **{"row_tokens": 100, "buffer": 20, **options})
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "merged", "auto"])

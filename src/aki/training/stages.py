@@ -102,7 +102,7 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
         model, processor = _load(job.start_from)
     else:
         model, processor = build_model(recipe, None if samples is None else texts(samples))
-    collators = stage_collators(processor, stage)
+    collators = stage_collators(processor, stage, recipe.seed)
     asked = held_out(recipe, stage, collators[0])
     trainer = stage_trainer(job, arguments, model, collators, samples, position, asked)
     progress = Progress(job.title or job.stage, training_folder(job.output) / "log.txt", job.report)
@@ -225,7 +225,7 @@ def stage_trainer(
         if "vision_encoder" in stage.frozen:
             pictured = [collator([train[i]])["pixel_values"] for i in range(min(8, len(train)))]
         if stage.packing:
-            rows = PackedRows(train, collator, stage.row_tokens, recipe.seed)
+            rows = PackedRows(train, collators, stage.row_tokens, recipe.seed)
             data = {"data_collator": PackedCollator(padding), "train_dataset": rows}
         else:
             shown = Batches(train, InEachOrder(collators, padding), _name(train, collators), job.memory)
@@ -240,7 +240,14 @@ def stage_trainer(
     if "vision_encoder" in stage.frozen:
         _settle_encoder(model, pictured, recipe, arguments)
     score = None if asked is None else lambda current: _score(job, current, collator, asked.validation)
-    return AkiTrainer(model, arguments, **data, eval_dataset=None if asked is None else asked.validation, score=score)
+    return AkiTrainer(
+        model,
+        arguments,
+        **data,
+        eval_dataset=None if asked is None else asked.validation,
+        score=score,
+        may_open_nothing=stage.seen > 0,
+    )
 
 
 def _score(
@@ -259,7 +266,10 @@ def _score(
 def _name(scenes: DigitScenes, collators: list[ChatCollator]) -> str:
     """Everything that a batch of these scenes depends on."""
     what = (scenes.split, scenes.task, scenes.seed, scenes.image_size, scenes.grid, scenes.skills)
-    how = [(collator.template, collator.max_length, collator.processor.image_seq_length) for collator in collators]
+    how = [
+        (one.template, one.max_length, one.processor.image_seq_length, one.seen, one.causal, one.seed)
+        for one in collators
+    ]
     return repr((what, how))
 
 

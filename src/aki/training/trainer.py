@@ -15,13 +15,16 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from aki.attention import check_no_leak, get_rule
+from aki.attention import NothingOpensError, check_no_leak, get_rule
 from aki.data.feed import Loader
 from aki.data.report import DataReport
 from aki.layout import IGNORE_INDEX, SequenceLayout
 from aki.models import AkiForConditionalGeneration
 from aki.training.checkpoint import WHOLE, mark_whole
 from aki.training.data import save_position
+
+NEVER_OPENS = 100
+"""Batches with media that open nothing, after which a stage is taken for one that never opens anything."""
 
 
 class AkiTrainer(Trainer):
@@ -30,6 +33,7 @@ class AkiTrainer(Trainer):
     Args:
         score: model -> metrics, called every `eval_steps` instead of the Trainer's own evaluation.
         loader: the batches of this process, instead of a `train_dataset` that is shuffled and dealt out here.
+        may_open_nothing: a batch with media may open nothing, as long as one of the first opens something.
     """
 
     def __init__(
@@ -37,11 +41,13 @@ class AkiTrainer(Trainer):
         *args,
         score: Callable[[AkiForConditionalGeneration], dict[str, float]] | None = None,
         loader: Loader | None = None,
+        may_open_nothing: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs, **({} if loader is None else {"train_dataset": loader.feed}))
         self.score, self.loader = score, loader
         self.guard_seconds = 0.0
+        self.may_open_nothing, self.opened, self.shut = may_open_nothing, False, 0
 
     def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
         """As the Trainer's, which with gradient checkpointing takes it that each parameter has a gradient: those behind
@@ -105,7 +111,7 @@ class AkiTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
         started = time.perf_counter()
-        layout = guard_batch(self.accelerator.unwrap_model(model), inputs)
+        layout = self._guard(model, inputs)
         self.guard_seconds += time.perf_counter() - started
         if layout is not None and (self.label_smoother is not None or self.compute_loss_func is not None):
             inputs = _without_labels(inputs, layout)
@@ -113,6 +119,19 @@ class AkiTrainer(Trainer):
         elif layout is not None and model.training and self.args.n_gpu <= 1:
             inputs = {**inputs, "logits_to_keep": supervised_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _guard(self, model: nn.Module, inputs: dict[str, Any]) -> SequenceLayout | None:
+        """As `guard_batch`, which refuses a batch that opens nothing too, unless that is what was drawn."""
+        whole: Any = self.accelerator.unwrap_model(model)
+        layout = layout_of(whole, inputs)
+        try:
+            check_layout(whole, inputs, layout)
+            self.opened |= any(name in inputs for name in whole.config.media)
+        except NothingOpensError:
+            self.shut += 1
+            if not self.may_open_nothing or (not self.opened and self.shut >= NEVER_OPENS):
+                raise
+        return layout
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As the Trainer's, without the language model's input embeddings (paper, section 4)."""
@@ -147,29 +166,32 @@ def _without_labels(inputs: dict[str, Any], layout: SequenceLayout) -> dict[str,
     return {"prompt_block_ids": layout.prompt_block, **inputs, "labels": labels}
 
 
-def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> SequenceLayout | None:
+def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> None:
     """Run the leak guard on a batch as `forward` would see it.
-
-    Returns:
-        What each token is; None where nothing is learned.
 
     Raises:
         LeakError: the batch leaks, or the rule opens nothing.
     """
-    labels = inputs.get("labels")
-    if labels is None:
+    check_layout(model, inputs, layout_of(model, inputs))
+
+
+def layout_of(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> SequenceLayout | None:
+    """What each token of a training batch is; None where nothing is learned."""
+    if inputs.get("labels") is None:
         return None
-    rule = inputs.get("attention_rule") or model.config.attention_rule
-    layout = model.layout(
+    return model.layout(
         inputs["input_ids"],
         attention_mask=inputs.get("attention_mask"),
         position_ids=inputs.get("position_ids"),
         prompt_block_ids=inputs.get("prompt_block_ids"),
-        labels=labels,
-        attention_rule=rule,
+        labels=inputs["labels"],
+        attention_rule=inputs.get("attention_rule"),
     )
-    check_no_leak(get_rule(rule), layout, labels)
-    return layout
+
+
+def check_layout(model: AkiForConditionalGeneration, inputs: dict[str, Any], layout: SequenceLayout | None) -> None:
+    if layout is not None:
+        check_no_leak(get_rule(inputs.get("attention_rule") or model.config.attention_rule), layout, inputs["labels"])
 
 
 class Progress(TrainerCallback):
