@@ -2,9 +2,9 @@
 
     python benchmarks/pretraining.py --seeds 5 --output results/pretraining
 
-naive: MMA opened on captions of which all text is learned, which leaks. The guard is switched off here and nowhere else.
-causal: the paper's. split: `seen: 0.5` under MMA. split + causal: the same with `also_causal`, in half the steps, so that
-all four read equal tokens. Each finished cell is a small file in the output's `cells`, and is never trained again.
+naive: MMA opened on captions of which all text is learned, which leaks; the guard is switched off here and nowhere
+else. causal: the paper's. split: `seen: 0.5` under MMA. split + causal: the same with `also_causal`, in half the steps,
+so that all four read equal tokens. Each finished cell is a small file in the output's `cells`, and is never trained again.
 """
 
 from __future__ import annotations
@@ -175,11 +175,11 @@ def main() -> None:
     options = parser.parse_args()
     recipe = load_recipe(options.recipe)
     steps = (6, 4) if options.quick else options.steps
-    stages = {
-        name: replace(recipe.stage(name), steps=count, eval_every=0, save_every=0)
+    pretrain, sft = (
+        replace(recipe.stage(name), steps=count, eval_every=0, save_every=0)
         for name, count in zip(("pretrain", "sft"), steps, strict=True)
-    }
-    recipe = replace(recipe, **stages, rows={}, workers=0)
+    )
+    recipe = replace(recipe, pretrain=pretrain, sft=sft, rows={}, workers=0)
     if options.quick:
         recipe = replace(recipe, data=replace(recipe.data, eval_size=12, test_size=24))
     kept = options.output / "cells"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from streams import captions, picture
 from torch.nn.functional import cross_entropy
 
 from aki.attention import NothingOpensError, check_no_leak, get_rule
@@ -18,8 +19,9 @@ from aki.data.schema import Sample, assistant, user
 from aki.data.split import split_captions
 from aki.layout import IGNORE_INDEX
 from aki.training.data import stage_collators
-from aki.training.recipe import RecipeError, StageRecipe, build
+from aki.training.recipe import RecipeError, ShardsRecipe, SourceRecipe, StageRecipe, build
 from aki.training.stages import Job, build_model, run_stage
+from aki.training.view import stage_view
 
 
 class Letters:
@@ -175,6 +177,26 @@ def test_a_stage_trains_on_split_captions(tiny_recipe, tmp_path, packing):
     recipe = replace(tiny_recipe, pretrain=stage(seen=0.7, also_causal=True, **fields), workers=0)
     result = run_stage(Job(recipe, "pretrain", tmp_path / "run"))
     assert len(result["losses"]) > 0 or result["tokens"] > 0
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_captions_of_files_are_split_as_well(tiny_recipe, tmp_path, kind):
+    (tmp_path / "folder").mkdir()
+    if kind == "shards":
+        data = {"shards": (ShardsRecipe("kale", tuple(captions(tmp_path))),)}
+    else:
+        for number in range(8):
+            (tmp_path / "folder" / f"{number}.png").write_bytes(picture())
+            (tmp_path / "folder" / f"{number}.txt").write_text(f"the picture of number {number} in a folder")
+        data = {"sources": (SourceRecipe("captions", (str(tmp_path / "folder"),)),)}
+    recipe = replace(tiny_recipe, pretrain=replace(stage(seen=0.9), **data, steps=1), workers=0)
+    view = stage_view(recipe, "pretrain")
+    whole = replace(view.collator, seen=0.0)
+    for split, plain in view.first(4, lambda sample: (view.collator.encode(sample)[0], whole.encode(sample)[0])):
+        learned, all_of_it = (row["labels"][0] != IGNORE_INDEX for row in (split, plain))
+        cut = int(all_of_it.sum() - learned.sum())
+        assert (learned.nonzero()[:, 0] == all_of_it.nonzero()[cut:, 0]).all()
+        assert int((split["prompt_block_ids"] >= 0).sum() - (plain["prompt_block_ids"] >= 0).sum()) == cut
 
 
 def test_a_stage_that_never_opens_anything_is_refused(tiny_recipe, tmp_path):

@@ -140,11 +140,11 @@ class ChatCollator:
             return batch
         drawn = [Random(f"{self.seed}/{sample.source}/{sample.id}/seen") for sample in samples]
         rows = [
-            split_captions(*row, self.processor.tokenizer, self.seen, rng)
-            for *row, rng in zip(labels, blocks, drawn, strict=True)
+            split_captions(learned, shown, self.processor.tokenizer, self.seen, rng)
+            for learned, shown, rng in zip(labels, blocks, drawn, strict=True)
         ]
-        learned, shown = zip(*rows, strict=True)
-        return batch | {"labels": torch.stack(learned), "prompt_block_ids": torch.stack(shown)}
+        labels, blocks = map(torch.stack, zip(*rows, strict=True))
+        return batch | {"labels": labels, "prompt_block_ids": blocks}
 
     def _labelled(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = labels_from_prompt_blocks(
