@@ -65,8 +65,10 @@ class AkiConfig(PreTrainedConfig):
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
         "audio_connector_config": SubConfigSpec(config_class=AkiConnectorConfig, optional=True),
     }
-    # Those to which transformers hands an attention implementation; a connector is no transformers model.
-    sub_configs: ClassVar = dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig)
+    sub_configs: ClassVar = {
+        **dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig),
+        **dict.fromkeys(("connector_config", "video_connector_config", "audio_connector_config"), AkiConnectorConfig),
+    }
 
     vision_config: Any = None
     text_config: Any = None

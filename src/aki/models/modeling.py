@@ -58,6 +58,7 @@ class AkiPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -216,6 +217,8 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
 
 class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGenerationMixin, AkiExplainMixin):
     """A decoder-only language model that reads images, and videos and audio if configured, by its attention rule."""
+
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: AkiConfig):
         super().__init__(config)
