@@ -92,3 +92,30 @@ def test_features_in_a_lower_precision_reach_the_connector_in_its_own(model, pix
     lower = model.get_image_features(pixels).pooler_output
     assert lower.dtype == wanted.dtype
     assert 0 < (lower - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_15_features_whose_bytes_changed_are_computed_again(model, pixels, tmp_path):
+    """Issue 12, entry 15: a power cut leaves a file of the right length with zeros in it."""
+    cache = FeatureCache(tmp_path, model.vision_encoder)
+    wanted = cache(pixels, model.patch_features)
+    damaged = sorted(tmp_path.rglob("*.safetensors"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-40] + bytes(40))
+    assert torch.allclose(cache(pixels, model.patch_features), wanted, atol=1e-6)
+
+
+def test_15_two_machines_may_write_the_same_features(model, pixels, tmp_path, monkeypatch):
+    """Issue 12, entry 15: both have a process of this number, and the second writes while the first does."""
+    from aki.models import features
+
+    cache, save, inner = FeatureCache(tmp_path, model.vision_encoder), features.save_file, []
+
+    def both_at_once(tensors, path, *args):
+        if not inner:
+            inner.append(path)
+            cache(pixels, model.patch_features)  # the other machine's, from start to end
+        save(tensors, path, *args)
+
+    monkeypatch.setattr(features, "save_file", both_at_once)
+    wanted = cache(pixels, model.patch_features)
+    assert torch.equal(cache(pixels, lambda missing: pytest.fail("all are there")), wanted)
+    assert not list(tmp_path.rglob("*.partial"))

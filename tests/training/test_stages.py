@@ -16,9 +16,10 @@ from interrupting import interrupt_before
 
 from aki.attention import LeakError
 from aki.models import AkiForConditionalGeneration, AkiProcessor
+from aki.training.checkpoint import last_whole_checkpoint
+from aki.training.folder import RunError
 from aki.training.recipe import RecipeError, beyond_defaults
-from aki.training.stages import Job, RunError, build_model, run_stage
-from aki.training.trainer import last_whole_checkpoint
+from aki.training.stages import Job, build_model, run_stage
 
 
 def run(recipe, stage, folder, **options):
@@ -76,7 +77,7 @@ def test_a_checkpoint_cut_off_by_a_kill_is_passed_over(tiny_recipe, tmp_path, mo
     training = tmp_path / "cut/training"
     (training / "checkpoint-4/WHOLE").unlink()
     (training / "checkpoint-4/model.safetensors").write_bytes(b"half")
-    assert last_whole_checkpoint(training).endswith("checkpoint-2")
+    assert last_whole_checkpoint(training) == training / "checkpoint-2"
     assert run(tiny_recipe, "sft", tmp_path / "cut", resume=True)["losses"] == whole["losses"]
 
 
@@ -123,7 +124,7 @@ def test_a_run_that_failed_before_it_began_can_be_corrected(tiny_recipe, tmp_pat
 
 def test_the_trainer_refuses_mma_on_captions(tiny_recipe, tmp_path):
     tiny_recipe.pretrain = replace(tiny_recipe.pretrain, rule="mma")
-    with pytest.raises(LeakError, match=r"opens nothing.*attention_rule='causal'"):
+    with pytest.raises(LeakError, match=r"opens nothing.*train with pretrain.rule: causal"):
         run(tiny_recipe, "pretrain", tmp_path)
 
 

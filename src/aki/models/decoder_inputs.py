@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedConfig
 
 from aki.attention import Rule, prepare_attention
 from aki.attention.backends import takes_prepared
+from aki.compat import CACHE
 from aki.layout import SequenceLayout
 
 Mask = Tensor | BlockMask | dict | None
@@ -60,7 +61,7 @@ def decoder_inputs(
     inputs_embeds: Tensor,
     attention_mask: Mask,
     position_ids: Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
 ) -> dict[str, Any]:
     """What the language model is called with so that its layers compute the rule.
 
@@ -76,19 +77,19 @@ def decoder_inputs(
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
         "position_ids": counted(attention_mask, position_ids, length),
-        "past_key_values": past_key_values,
+        CACHE: cache,
     }
-    if attention_mask is None and past_key_values is None and position_ids is not None and _starts_again(position_ids):
+    if attention_mask is None and cache is None and position_ids is not None and _starts_again(position_ids):
         # transformers keeps packed documents apart only where no cache is made.
         asked["use_cache"] = False
     ready_made = attention_mask is not None and padding is None
     if ready_made or layout is None:
         return asked
     asked["attention_mask"] = prepare_attention(
-        rule, layout, config, inputs_embeds, padding, past_key_values, asked["position_ids"]
+        rule, layout, config, inputs_embeds, padding, cache, asked["position_ids"]
     )
     # Behind cached tokens positions are counted over those too, elsewhere.
-    if rule.positions is not None and (past_key_values is None or int(past_key_values.get_seq_length()) == 0):
+    if rule.positions is not None and (cache is None or int(cache.get_seq_length()) == 0):
         asked["position_ids"] = rule.positions(layout)
     return asked
 

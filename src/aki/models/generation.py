@@ -11,6 +11,7 @@ from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
 from aki.attention import get_rule
+from aki.compat import CACHE, CACHE_NAMES, given_cache
 from aki.layout import SequenceLayout
 from aki.models.configuration import AkiConfig
 from aki.models.decoder_inputs import opens_ahead
@@ -69,10 +70,12 @@ class AkiGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict[str, Any]:
-        if self._outgrown(kwargs.get("past_key_values"), input_ids.shape[1]):
-            kwargs |= {"past_key_values": None, "next_sequence_length": None}
+        cache = given_cache(kwargs)
+        if self._outgrown(cache, input_ids.shape[1]):
+            cache = None
+            kwargs |= {"next_sequence_length": None}
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         given = {name: kwargs.pop(name, None) for name in self.config.media}
-        cache = kwargs.get("past_key_values")
         rule = get_rule(kwargs.get("attention_rule") or self.config.attention_rule)
         seen = 0 if cache is None else int(cache.get_seq_length())
         new_alone = is_first_iteration and kwargs.get("next_sequence_length") is None and inputs_embeds is None
@@ -86,7 +89,7 @@ class AkiGenerationMixin(GenerationMixin):
             own = self.positions_by_rule(so_far, kwargs.get("attention_mask"), rule.name)
             kwargs |= {} if own is None else {"position_ids": own}
         inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **{CACHE: cache}, **kwargs
         )
         prompt = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         length = prompt.shape[1]

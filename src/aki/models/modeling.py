@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from aki.attention import get_rule
+from aki.compat import CACHE, CACHE_NAMES
 from aki.layout import IGNORE_INDEX, SequenceLayout, build_layout
 from aki.models.backbones import join_backbones
 from aki.models.checks import check_behind_cache, check_complete, check_count
@@ -54,7 +55,7 @@ class AkiPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -65,6 +66,15 @@ class AkiPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, PerceiverResampler):
             init.normal_(module.latents, mean=0.0, std=1.0)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As transformers'; a connector attends in its own way, and only takes note, without a warning."""
+        for media in self.config.media.values():
+            noted = attn_implementation
+            if isinstance(noted, dict):
+                noted = noted.get(f"{media.connector}_config", media.connector_config._attn_implementation)
+            media.connector_config._attn_implementation_internal = noted
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.language_model.get_input_embeddings()
@@ -128,13 +138,14 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         prompt_block_ids: Tensor | None = None,
         attention_rule: str | None = None,
         pixel_values_videos: Tensor | None = None,
         input_features: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> AkiModelOutput:
         """Embed, encode, put in place, ask the rule, decode.
@@ -147,7 +158,7 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
                 Without attention_mask, a restart begins a packed document, which sees nothing of the others. A rule
                 with positions of its own puts them in place of these, except behind cached tokens, where they are
                 taken as they are (`positions_by_rule` gives them).
-            past_key_values: what was seen before; it stays causal.
+            cache: what was seen before; it stays causal.
             inputs_embeds: (batch, length, width) instead of input_ids; what is a placeholder is found by its embedding.
             labels: (batch, length) int; where there are no prompt_block_ids, what is -100 is prompt.
             prompt_block_ids: (batch, length) int from the processor, -1 for answers and padding; behind cached tokens
@@ -155,12 +166,14 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
             attention_rule: instead of the configuration's, for this call.
             pixel_values_videos: (videos, config.video_frames, channels, height, width) float.
             input_features: (audio clips, mel bins, time) float.
+            past_key_values: what `cache` is called before transformers 5.24.
 
         Raises:
             ValueError: media and placeholders do not fit, or the rule cannot be applied.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds.")
+        cache = past_key_values if cache is None else cache
         given = {
             "pixel_values": pixel_values,
             "pixel_values_videos": pixel_values_videos,
@@ -174,28 +187,28 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
 
         rule, length = get_rule(attention_rule or self.config.attention_rule), inputs_embeds.shape[1]
         text_config, layout, padding = self.config.text_config, None, padding_of(attention_mask)
-        check_behind_cache(rule, length, position_ids, prompt_block_ids, past_key_values)
-        if needs_layout(rule, text_config, bool(embeds), length, past_key_values):
+        check_behind_cache(rule, length, position_ids, prompt_block_ids, cache)
+        if needs_layout(rule, text_config, bool(embeds), length, cache):
             opens = opens_ahead(rule, bool(embeds), length)
             layout = self.layout(
                 found,
                 attention_mask=None if padding is None else padding[:, -length:],
-                position_ids=position_ids if past_key_values is None else None,
+                position_ids=position_ids if cache is None else None,
                 # Prompt blocks only matter where something can be opened.
-                prompt_block_ids=blocks_of_call(prompt_block_ids, length, past_key_values, input_ids)
+                prompt_block_ids=blocks_of_call(prompt_block_ids, length, cache, input_ids)
                 if opens
                 else torch.full_like(found, -1),
                 labels=labels,
                 attention_rule=rule.name,
             )
-        asked = decoder_inputs(rule, layout, text_config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        asked = decoder_inputs(rule, layout, text_config, inputs_embeds, attention_mask, position_ids, cache)
         outputs = self.language_model(**kwargs | asked, return_dict=True)
         return AkiModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=embeds.get("pixel_values"),
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def named_tokens(self, inputs_embeds: Tensor) -> Tensor:
@@ -311,7 +324,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         prompt_block_ids: Tensor | None = None,
@@ -321,6 +334,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         input_features: Tensor | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> AkiOutput:
         """The backbone (see `AkiModel.forward`), the output layer, and the loss.
@@ -342,7 +356,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             labels=labels,
             prompt_block_ids=prompt_block_ids,
@@ -366,10 +380,10 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         return AkiOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _targets(self, input_ids: Tensor | None, labels: Tensor, shift_labels: Tensor | None) -> Tensor:
