@@ -11,7 +11,7 @@ from aki import AkiConfig, AkiForConditionalGeneration, AkiModel
 common = suite("test_modeling_common")
 configurations = suite("test_configuration_common")
 
-IMAGE, PAD, VOCAB = 98, 0, 99
+IMAGE, PAD, VOCAB = 7, 0, 99
 
 
 class Tester:
@@ -60,7 +60,7 @@ class Tester:
     def prepare_config_and_inputs_for_common(self) -> tuple[AkiConfig, dict[str, torch.Tensor]]:
         config = self.get_config()
         pictures = config.image_seq_length
-        ids = torch.randint(4, IMAGE, (self.batch_size, self.seq_length))
+        ids = torch.randint(8, VOCAB, (self.batch_size, self.seq_length))
         if not self.shows:
             return config, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         ids[:, 1 : 1 + pictures] = IMAGE

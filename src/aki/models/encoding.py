@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from aki.layout import IMAGE, VIDEO
 from aki.models.checks import check_size, check_takes_one_input
 from aki.models.configuration import AkiConfig
+from aki.models.connectors import computation_dtype
 from aki.models.media import Media
 
 NEVER_USED = {
@@ -97,7 +98,7 @@ def encode_media(backbone: Any, name: str, values: Tensor, **kwargs) -> BaseMode
         encoded = run_encoder(backbone, media, values.flatten(0, 1) if media.modality == VIDEO else values, **kwargs)
         patches = patches_of(media, encoded)
     connector = backbone.get_submodule(media.connector)
-    embeds = connector(patches.to(next(connector.parameters()).dtype))
+    embeds = connector(patches.to(computation_dtype(connector, patches.dtype)))
     return BaseModelOutputWithPooling(
         last_hidden_state=encoded.last_hidden_state,
         pooler_output=embeds.unflatten(0, (-1, media.frames)).flatten(1, 2),

@@ -16,7 +16,8 @@ from aki.attention import get_rule
 from aki.compat import CACHE, CACHE_NAMES
 from aki.layout import IGNORE_INDEX, SequenceLayout, build_layout
 from aki.models.backbones import join_backbones
-from aki.models.checks import check_behind_cache, check_complete, check_count
+from aki.models.blanks import with_blanks
+from aki.models.checks import check_behind_cache, check_count
 from aki.models.configuration import AkiConfig
 from aki.models.connectors import PerceiverResampler, connector_of
 from aki.models.decoder_inputs import blocks_of_call, decoder_inputs, identify, needs_layout, opens_ahead, padding_of
@@ -25,6 +26,7 @@ from aki.models.explain import AkiExplainMixin
 from aki.models.features import FeatureCache
 from aki.models.generation import AkiGenerationMixin
 from aki.models.heads import new_head, scale_logits
+from aki.models.loading import check_before, check_loaded
 
 
 @dataclass
@@ -69,12 +71,19 @@ class AkiPreTrainedModel(PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """As transformers'; a connector attends in its own way, and only takes note, without a warning."""
-        for media in self.config.media.values():
-            noted = attn_implementation
-            if isinstance(noted, dict):
-                noted = noted.get(f"{media.connector}_config", media.connector_config._attn_implementation)
-            media.connector_config._attn_implementation_internal = noted
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        connectors = {f"{m.connector}_config": m.connector_config for m in self.config.media.values()}
+        before = {name: connector._attn_implementation for name, connector in connectors.items()}
+        noted = (
+            attn_implementation if isinstance(attn_implementation, dict) else dict.fromkeys(before, attn_implementation)
+        )
+        for name, connector in connectors.items():
+            connector._attn_implementation_internal = noted.get(name, before[name])
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        except ValueError:
+            for name, connector in connectors.items():
+                connector._attn_implementation_internal = before[name]
+            raise
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.language_model.get_input_embeddings()
@@ -182,8 +191,10 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         found = self.named_tokens(inputs_embeds) if input_ids is None else input_ids
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        embeds = {n: encode_media(self, n, values).pooler_output for n, values in given.items() if values is not None}
-        inputs_embeds = self._put_media(found, inputs_embeds, embeds, counted=input_ids is not None)
+        shown = with_blanks(self, {name: values for name, values in given.items() if values is not None}, cache)
+        features = {name: encode_media(self, name, values).pooler_output for name, values in shown.items()}
+        embeds = {name: values for name, values in features.items() if given[name] is not None}
+        inputs_embeds = self._put_media(found, inputs_embeds, features, set(embeds), counted=input_ids is not None)
 
         rule, length = get_rule(attention_rule or self.config.attention_rule), inputs_embeds.shape[1]
         text_config, layout, padding = self.config.text_config, None, padding_of(attention_mask)
@@ -216,12 +227,15 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         named = [media.token_id for media in self.config.media.values()] + (self.config.scope_token_ids or [])
         return identify(inputs_embeds, self.get_input_embeddings(), named)
 
-    def _put_media(self, ids: Tensor, inputs_embeds: Tensor, embeds: dict[str, Tensor], counted: bool) -> Tensor:
+    def _put_media(
+        self, ids: Tensor, inputs_embeds: Tensor, embeds: dict[str, Tensor], given: set[str], counted: bool
+    ) -> Tensor:
+        """What is not given stays in the graph, at no placeholder."""
         for name, media in self.config.media.items():
             placeholders = ids == media.token_id
             if name in embeds:
                 items, tokens, _ = embeds[name].shape
-                check_count(placeholders.sum(), items, tokens, media.name)
+                check_count(placeholders.sum(), items if name in given else 0, tokens, media.name)
                 inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], embeds[name].to(inputs_embeds))
             elif counted and (self.training or ids.shape[1] > 1):
                 check_count(placeholders.sum(), 0, media.tokens_per_item, media.name)
@@ -256,8 +270,9 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         """As transformers' `from_pretrained`, which would make up missing weights at random, and load pickles.
 
         Raises:
-            ValueError: the checkpoint is another model's, or lacks weights.
+            ValueError: the checkpoint is another model's, or its weights are not those of its config.json, or broken.
         """
+        check_before(cls, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
@@ -265,7 +280,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
             output_loading_info=True,
             **kwargs,
         )
-        check_complete(pretrained_model_name_or_path, info["missing_keys"])
+        check_loaded(pretrained_model_name_or_path, model, info)
         return (model, info) if output_loading_info else model
 
     @classmethod
