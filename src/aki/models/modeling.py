@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from aki.attention import get_rule
@@ -27,28 +25,7 @@ from aki.models.features import FeatureCache
 from aki.models.generation import AkiGenerationMixin
 from aki.models.heads import new_head, scale_logits
 from aki.models.loading import check_before, check_loaded
-
-
-@dataclass
-class AkiModelOutput(BaseModelOutputWithPast):
-    """Output of the decoder, and what it was shown of the images.
-
-    Attributes:
-        image_hidden_states: (images, embeddings an image, text width).
-    """
-
-    image_hidden_states: Tensor | None = None
-
-
-@dataclass
-class AkiOutput(CausalLMOutputWithPast):
-    """Output of the language model, and what it was shown of the images.
-
-    Attributes:
-        image_hidden_states: (images, embeddings an image, text width).
-    """
-
-    image_hidden_states: Tensor | None = None
+from aki.models.outputs import AkiModelOutput, AkiOutput
 
 
 class AkiPreTrainedModel(PreTrainedModel):
