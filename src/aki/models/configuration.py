@@ -58,8 +58,10 @@ class AkiConfig(PreTrainedConfig):
     model_type = "aki"
     # What evaluation does not gather, from all processes and for the whole set.
     keys_to_ignore_at_inference: ClassVar = ["past_key_values", "image_hidden_states"]
-    # Those to which transformers hands an attention implementation; a connector is no transformers model.
-    sub_configs: ClassVar = dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig)
+    sub_configs: ClassVar = {
+        **dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig),
+        **dict.fromkeys(("connector_config", "video_connector_config", "audio_connector_config"), AkiConnectorConfig),
+    }
 
     vision_config: Any = None
     text_config: Any = None

@@ -17,6 +17,14 @@ from aki.models.configuration import AkiConfig
 from aki.models.connectors import computation_dtype
 from aki.models.media import Media
 
+NEVER_USED = {
+    "siglip_vision_model": ("head",),
+    "clip_vision_model": ("post_layernorm",),
+    "dinov2": ("embeddings.mask_token",),
+    "dinov2_with_registers": ("embeddings.mask_token",),
+}
+"""Parts of encoders, by model_type, that make none of their features: they stay as they are, and are not trained."""
+
 
 class AkiEncodingMixin:
     """For the backbone and for what stands on it: `base_model`, the backbone, holds encoders and connectors.
@@ -65,6 +73,12 @@ def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     check_takes_one_input(encoder)
+    for name in NEVER_USED.get(encoder.config.model_type, ()):
+        part = encoder
+        for attribute in name.split("."):
+            part = getattr(part, attribute, None)
+        if part is not None:
+            part.requires_grad_(False)
     return encoder
 
 

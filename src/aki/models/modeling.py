@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from aki.attention import get_rule
@@ -27,28 +25,7 @@ from aki.models.features import FeatureCache
 from aki.models.generation import AkiGenerationMixin
 from aki.models.heads import new_head, scale_logits
 from aki.models.loading import check_before, check_loaded
-
-
-@dataclass
-class AkiModelOutput(BaseModelOutputWithPast):
-    """Output of the decoder, and what it was shown of the images.
-
-    Attributes:
-        image_hidden_states: (images, embeddings an image, text width).
-    """
-
-    image_hidden_states: Tensor | None = None
-
-
-@dataclass
-class AkiOutput(CausalLMOutputWithPast):
-    """Output of the language model, and what it was shown of the images.
-
-    Attributes:
-        image_hidden_states: (images, embeddings an image, text width).
-    """
-
-    image_hidden_states: Tensor | None = None
+from aki.models.outputs import AkiModelOutput, AkiOutput
 
 
 class AkiPreTrainedModel(PreTrainedModel):
@@ -61,12 +38,29 @@ class AkiPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PerceiverResampler):
             init.normal_(module.latents, mean=0.0, std=1.0)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As transformers'; a connector attends in its own way, and only takes note, without a warning."""
+        connectors = {f"{m.connector}_config": m.connector_config for m in self.config.media.values()}
+        before = {name: connector._attn_implementation for name, connector in connectors.items()}
+        noted = (
+            attn_implementation if isinstance(attn_implementation, dict) else dict.fromkeys(before, attn_implementation)
+        )
+        for name, connector in connectors.items():
+            connector._attn_implementation_internal = noted.get(name, before[name])
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        except ValueError:
+            for name, connector in connectors.items():
+                connector._attn_implementation_internal = before[name]
+            raise
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.language_model.get_input_embeddings()
@@ -227,6 +221,8 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
 
 class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGenerationMixin, AkiExplainMixin):
     """A decoder-only language model that reads images, and videos and audio if configured, by its attention rule."""
+
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: AkiConfig):
         super().__init__(config)
