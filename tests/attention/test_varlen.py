@@ -1,4 +1,4 @@
-"""The calls that a GPU would be given, on a stand-in in plain torch with the contract of FlashAttention's varlen form."""
+"""The calls that a GPU would be given, on a stand-in in plain torch with the contract of FlashAttention's varlen."""
 
 import pytest
 import torch

@@ -277,6 +277,15 @@ class TestText:
         assert (out["input_ids"] == processor.image_token_id).sum(1).tolist() == [0, PER_IMAGE, 2 * PER_IMAGE]
         assert out["pixel_values"].shape[0] == 3
 
+    @pytest.mark.parametrize("images", [[], [[]], [[], []], ([], [])])
+    def test_23_lists_without_images_are_as_no_images(self, processor, images):
+        """Issue 12, entry 23: they gave `pixel_values` of the shape (0,)."""
+        text = ["what", "and what"][: len(images) or 1]
+        out = processor(images=images, text=text, padding=True, return_tensors="pt")
+        assert out.keys() == processor(text=text, padding=True, return_tensors="pt").keys()
+        with pytest.raises(ValueError, match=r"<image> tokens in the (prompts|text)"):
+            processor(images=images, text=["<image> what", *text[1:]])
+
     def test_anything_that_opens(self, processor, picture, tmp_path):
         picture().save(tmp_path / "a.png")
         images = [tmp_path / "a.png", str(tmp_path / "a.png"), np.asarray(picture()), (tmp_path / "a.png").read_bytes()]
@@ -287,7 +296,7 @@ class TestText:
         ("text", "count"), [("<image> what", 2), ("<image><image> what", 1), ("what", 1), ("<image> what", 0)]
     )
     def test_more_or_fewer_images_than_placeholders(self, processor, picture, text, count):
-        with pytest.raises(ValueError, match=r"<image> tokens in the (prompts|text)"):
+        with pytest.raises(ValueError, match=r"<image> tokens in the text and [0-9] image"):
             processor(images=[picture()] * count or None, text=text)
 
     def test_images_of_another_text(self, processor, picture):
@@ -330,7 +339,7 @@ class TestBadInput:
             processor.apply_chat_template(chat, **TOKENIZE)
 
     def test_a_placeholder_typed_by_hand(self, processor):
-        with pytest.raises(ValueError, match="no images were passed"):
+        with pytest.raises(ValueError, match=r"found 1 <image> tokens in the text and 0 image\(s\)"):
             processor.apply_chat_template([user("this <image> ?")], **TOKENIZE)
 
     def test_an_image_that_is_not_there(self, processor, tmp_path):

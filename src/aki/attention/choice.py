@@ -57,17 +57,15 @@ def unfit(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, ba
 
 
 def sees_everything(config: PreTrainedConfig, batch_length: int) -> dict[str, bool]:
-    """For each kind of layer, whether it sees all of a batch of this length; a longer one than its window needs a mask."""
+    """For each kind of layer, whether it sees all of a batch of this length; beyond its window it needs a mask."""
     windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         only = (kind for kind, window in windows.items() if getattr(config, window, None) is not None)
         kinds = [next(only, "full_attention")]
-    sizes = {kind: getattr(config, windows[kind], None) for kind in kinds if kind in windows}
-    return {
-        kind: kind == "full_attention" or (sizes.get(kind) is not None and batch_length <= sizes[kind])
-        for kind in kinds
-    }
+    # A window that is not set sees nothing for certain.
+    sizes = {kind: getattr(config, windows[kind], None) or 0 for kind in kinds if kind in windows}
+    return {kind: kind == "full_attention" or batch_length <= sizes.get(kind, 0) for kind in kinds}
 
 
 def choose(requested: str, found: tuple[Segment, ...], layout: SequenceLayout, embeds: Tensor, heads: int) -> Choice:
@@ -123,7 +121,7 @@ def cost(made: tuple[Call, ...], heads: int, dtype: torch.dtype) -> float:
     for call in made:
         queries, keys = length(call.queries), length(call.keys)
         if call.shape is False:
-            pairs = queries * (keys + _EXTRA_KEYS.get(dtype, 0))
+            pairs: float = queries * (keys + _EXTRA_KEYS.get(dtype, 0))
         else:
             # Whole tiles ahead of the diagonal are skipped.
             pairs = queries * queries - max(0, queries - TILE) * queries / 2

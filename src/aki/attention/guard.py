@@ -15,6 +15,9 @@ from aki.attention.rules import Rule
 from aki.attention.segments import far
 from aki.layout import IGNORE_INDEX, SequenceLayout
 
+CHOOSE_CAUSAL = "attention_rule='causal'"
+"""How these errors tell a caller to choose the causal rule."""
+
 
 class LeakError(ValueError):
     """Training on this batch would show the model its own answer."""
@@ -55,7 +58,7 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
     if beyond_causal and layout.is_media.any() and supervised.any() and not ahead.any():
         raise NothingOpensError(
             f"the rule {rule.name!r} opens nothing in this batch: no picture has prompt text that it could see, "
-            "because every text token after it is a label. On captions train with attention_rule='causal' (as the "
+            f"because every text token after it is a label. On captions train with {CHOOSE_CAUSAL} (as the "
             "paper does in pre-training); on questions, label the answers only."
         )
 
@@ -70,5 +73,5 @@ def _leak_message(rule: Rule, layout: SequenceLayout, leaks: Tensor) -> str:
         f"the rule {rule.name!r} leaks in row {row}: position {q} is trained to predict token {q + 1}, but it sees the "
         f"{kind} at {through}, which sees up to token {seen}. A prompt block must end with the token that starts the "
         f"answer (here block {int(layout.prompt_block[row, through])} runs into the labels): "
-        "check prompt_block_ids, or train with attention_rule='causal'."
+        f"check prompt_block_ids, or train with {CHOOSE_CAUSAL}."
     )

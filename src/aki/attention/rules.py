@@ -3,7 +3,7 @@
 A rule is one short function of (layout, batch, query, key) in the style of a FlexAttention mask: the indices are
 integer tensors of any shapes that broadcast, so the same lines give one entry, a row, or the whole mask. Documents and
 padding are nobody's rule: `Rule.sees` applies them to all. What it takes to compute a rule and to guard it follows from
-this function alone (`aki.attention.segments`), as long as two tokens alike in all of the layout differ by `k <= q` only.
+this function alone (`aki.attention.segments`), where two tokens alike in all of the layout differ by `k <= q` only.
 """
 
 from __future__ import annotations

@@ -223,8 +223,9 @@ def decode(plan: Tensor) -> list[Segment]:
     found = []
     for _, lines in groupby(plan.view(-1, _COLUMNS).tolist(), key=itemgetter(0)):
         spans: tuple[list[Span], list[Span]] = [], []
-        for _, row, document, is_causal, is_key, *span in lines:
-            spans[is_key].append(Span(*span))
+        for line in lines:
+            spans[line[4]].append(Span(*line[5:]))
+        _, row, document, is_causal, *_ = line
         found.append(Segment(row, document, tuple(spans[0]), tuple(spans[1]), bool(is_causal)))
     return found
 
