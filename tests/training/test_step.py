@@ -32,7 +32,7 @@ def test_loss_and_gradients_from_supervised_positions_are_those_from_all(parts, 
     model, collate, data = parts
     batch = collate([data[i] for i in range(6)])
     if packed:
-        batch = PackedCollator(0)(list(islice(PackedRows(data, collate, 100), 2)))
+        batch = PackedCollator(0)(list(islice(PackedRows(data, [collate], 100), 2)))
     count = (batch["labels"][:, 1:] != -100).sum()
     everything = model(**batch, num_items_in_batch=count)
     everything.loss.backward()

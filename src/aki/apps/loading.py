@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers.utils import logging
 
 from aki.attention import unlock as unlock_model
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models.adapters import model_of_adapter
+from aki.models.template_limits import check_templates
+from aki.models.weights import check_complete, check_depth, check_finite
 
 
 def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
@@ -26,6 +32,11 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
     looks_local = local.is_absolute() or str(folder).startswith(".") or len(local.parts) > 2
     if local.is_file() or (looks_local and not local.exists()):
         raise ValueError(f"there is no model folder at {folder}.")
+    with _without_bars(), model_of_adapter(folder):
+        return _loaded(folder, unlock)
+
+
+def _loaded(folder: str | Path, unlock: bool) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found, _ = PreTrainedConfig.get_config_dict(folder)
     kind = found.get("model_type")
@@ -38,6 +49,25 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
         )
     # On a terminal transformers would ask whether to run the folder's own code.
     closed: dict[str, Any] = {"trust_remote_code": False}
-    model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, dtype="auto", **closed)
+    check_depth(found, folder)
     processor = AutoProcessor.from_pretrained(folder, **closed)
+    check_templates(processor)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, use_safetensors=True, dtype="auto", output_loading_info=True, **closed
+    )
+    # Weights that they do not take are usual in other families.
+    check_complete(folder, info["missing_keys"])
+    check_finite(folder, dict(model.named_parameters()))
     return unlock_model(model.to(device).eval(), processor), processor
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """An answer for a person or a script is no place for the bars of loading."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -6,7 +6,7 @@ what is left of a row is one more document, of which nothing is learned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -21,6 +21,7 @@ Row = dict[str, Tensor]
 """A sample or several as model inputs, (1, tokens) each; of media (pixel_values and their like) an entry an item."""
 
 TOKEN_INPUTS = ("input_ids", "prompt_block_ids", "labels")
+_BY_TOKEN = (*TOKEN_INPUTS, "attention_mask", "position_ids")
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -61,9 +62,26 @@ def join(samples: Sequence[Row]) -> Row:
 
 def _media_of(rows: Sequence[Row]) -> Row:
     """The items of all rows in order, of each kind that any row has."""
-    others = (*TOKEN_INPUTS, "attention_mask", "position_ids")
-    items = [(name, values) for row in rows for name, values in row.items() if name not in others]
+    items = [(name, values) for row in rows for name, values in row.items() if name not in _BY_TOKEN]
     return {kind: torch.cat([values for name, values in items if name == kind]) for kind, _ in items}
+
+
+def items_of(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Of each kind of media that any row has, how many items each of them has."""
+    kinds = sorted({name for row in rows for name in row if name not in _BY_TOKEN})
+    return {kind: [len(row[kind]) if kind in row else 0 for row in rows] for kind in kinds}
+
+
+def split_rows(batch: Row, rows: int, items: Mapping[str, Sequence[int]]) -> Iterator[Row]:
+    """A batch of rows, each again with its own media.
+
+    Args:
+        items: `items_of` the rows.
+    """
+    media = {kind: batch[kind].split(list(counts)) for kind, counts in items.items()}
+    for number in range(rows):
+        row = {name: values[number : number + 1] for name, values in batch.items() if name in _BY_TOKEN}
+        yield row | {kind: parts[number] for kind, parts in media.items() if len(parts[number])}
 
 
 @dataclass
@@ -89,10 +107,14 @@ class PackedCollator:
         return padded
 
 
-def pack(samples: Sequence[Row], row_tokens: int) -> list[Row]:
-    """Rows of up to `row_tokens` tokens that hold all of the samples."""
-    bins = first_fit_decreasing([sample["input_ids"].shape[1] for sample in samples], row_tokens)
-    return [join([samples[item] for item in items]) for items in bins]
+def pack(samples: Sequence[Sequence[Row]], row_tokens: int) -> list[Row]:
+    """Rows of up to `row_tokens` tokens that hold all of the samples.
+
+    Args:
+        samples: each as one document or several, which stay in one row.
+    """
+    bins = first_fit_decreasing([sum(row["input_ids"].shape[1] for row in rows) for rows in samples], row_tokens)
+    return [join([row for item in items for row in samples[item]]) for items in bins]
 
 
 class PackedRows(IterableDataset):
@@ -104,12 +126,20 @@ class PackedRows(IterableDataset):
 
     Args:
         dataset: of samples.
-        encode: makes model inputs of a list of samples.
+        encoders: each makes model inputs of a list of samples; every sample is a document of each, in one row.
         row_tokens: tokens a row may have.
     """
 
-    def __init__(self, dataset: Dataset, encode: ChatCollator, row_tokens: int, seed: int = 0, buffer: int = 256):
-        self.dataset, self.encode, self.row_tokens, self.seed, self.buffer = dataset, encode, row_tokens, seed, buffer
+    def __init__(
+        self, dataset: Dataset, encoders: Sequence[ChatCollator], row_tokens: int, seed: int = 0, buffer: int = 256
+    ):
+        self.dataset, self.encoders, self.row_tokens, self.seed, self.buffer = (
+            dataset,
+            encoders,
+            row_tokens,
+            seed,
+            buffer,
+        )
 
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
@@ -121,5 +151,6 @@ class PackedRows(IterableDataset):
                 samples = [self._sample(index) for index in chosen.tolist()]
                 yield from pack(samples, self.row_tokens)
 
-    def _sample(self, index: int) -> Row:
-        return self.encode([self.dataset[index]])
+    def _sample(self, index: int) -> list[Row]:
+        sample = self.dataset[index]
+        return [encode([sample]) for encode in self.encoders]

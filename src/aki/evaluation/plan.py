@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from aki.training.folder import relevant
 from aki.training.recipe import Recipe, RecipeError, beyond_defaults, build, known
-from aki.training.stages import relevant
 
 SEARCH_SEED = 1000
 """Added to the recipe's seed where learning rates are tried, so that no reported run has a part in the choice."""
@@ -40,7 +40,7 @@ class Cell:
     def work(self) -> int:
         """Samples by orders, for an estimate of how long it takes beside others."""
         stage = self.recipe.stage(self.stage)
-        return stage.steps * stage.batch_size * (2 if stage.order == "both" else 1)
+        return stage.steps * stage.batch_size * stage.copies
 
     @property
     def fingerprint(self) -> str:

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from aki.attention.rules import get_rule
 from aki.layout import AUDIO, IMAGE, VIDEO
 from aki.models.media import Media
+from aki.models.weights import check_depth
 
 
 @strict
@@ -56,17 +56,12 @@ class AkiConfig(PreTrainedConfig):
     """
 
     model_type = "aki"
-    sub_configs_defaults: ClassVar = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="phi3"),
-        "connector_config": AkiConnectorConfig,
-        "video_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model", optional=True),
-        "video_connector_config": SubConfigSpec(config_class=AkiConnectorConfig, optional=True),
-        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
-        "audio_connector_config": SubConfigSpec(config_class=AkiConnectorConfig, optional=True),
+    # What evaluation does not gather, from all processes and for the whole set.
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "image_hidden_states"]
+    sub_configs: ClassVar = {
+        **dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig),
+        **dict.fromkeys(("connector_config", "video_connector_config", "audio_connector_config"), AkiConnectorConfig),
     }
-    # Those to which transformers hands an attention implementation; a connector is no transformers model.
-    sub_configs: ClassVar = dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig)
 
     vision_config: Any = None
     text_config: Any = None
@@ -86,6 +81,14 @@ class AkiConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        self.vision_config = _model_config(self.vision_config or {}, "siglip_vision_model")
+        self.text_config = _model_config(self.text_config or {}, "phi3")
+        self.video_config = _model_config(self.video_config, "siglip_vision_model")
+        self.audio_config = _model_config(self.audio_config, "whisper")
+        for name in ("connector_config", "video_connector_config", "audio_connector_config"):
+            if isinstance(given := getattr(self, name), dict):
+                setattr(self, name, AkiConnectorConfig(**given))
+        self.connector_config = self.connector_config or AkiConnectorConfig()
         super().__post_init__(**kwargs)
         get_rule(self.attention_rule)
         # A contrastive checkpoint (CLIP, SigLIP) names both towers; the picture's is the one wanted.
@@ -108,7 +111,7 @@ class AkiConfig(PreTrainedConfig):
         """As transformers', which only warns where the configuration is another model's and takes the defaults instead.
 
         Raises:
-            ValueError: the configuration is not an AKI one.
+            ValueError: the configuration is not an AKI one, or asks for more layers than any model has.
         """
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         kind = found.get("model_type")
@@ -119,6 +122,7 @@ class AkiConfig(PreTrainedConfig):
                 "AkiForConditionalGeneration.from_backbones makes one from a vision encoder and a language model, "
                 "`aki convert` makes one from the published checkpoint."
             )
+        check_depth(found, pretrained_model_name_or_path)
         return found, kwargs
 
     @property
@@ -152,3 +156,15 @@ class AkiConfig(PreTrainedConfig):
     def image_seq_length(self) -> int:
         """Embeddings, and so placeholders, of one image."""
         return self.media["pixel_values"].tokens_per_item
+
+
+def _model_config(given: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig | None:
+    """An encoder's or a language model's configuration from what config.json holds of it."""
+    if given is None or isinstance(given, PreTrainedConfig):
+        return given
+    if not isinstance(given, dict):
+        raise TypeError(
+            f"{given!r} is no configuration of an encoder or a language model: give what AutoConfig.from_pretrained "
+            "returns, or a dict."
+        )
+    return AutoConfig.for_model(**{"model_type": default_type} | given)

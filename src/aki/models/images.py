@@ -24,6 +24,9 @@ _SHOWN = 200
 """Characters of a name that a message repeats: a string that should have been a path may be a whole file."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_SIXTEEN_TO_EIGHT = [(value + 128) // 257 for value in range(65536)]
+"""value / 257, rounded."""
+
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -184,11 +187,12 @@ def _pixels_alone(png: bytes) -> bytes:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        # 16-bit files may open as 32-bit integers; floats are taken as 0 to 1.
-        scale = 255.0 if image.mode == "F" else 255.0 / 65535.0
-        return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):
+        # 16-bit files may open as 32-bit integers, which this clips to 16 bits.
+        return image.convert("I").point(_SIXTEEN_TO_EIGHT, "L").convert("RGB")
+    if image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)  # taken as 0 to 1
+        return Image.fromarray(np.clip(values * 255.0, 0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -21,10 +21,16 @@ from aki.models.checkpoint_files import CheckpointError, TensorFiles, read_json
 from aki.models.configuration import AkiConfig
 from aki.models.modeling import AkiForConditionalGeneration
 from aki.models.templates import IMAGE_TOKEN
+from aki.models.weights import check_depth, check_finite
 
 _SHOWN = 10
 _COUNTS = ("initial_tokenizer_len", "num_vision_tokens")
-_GROUPS = {"vision_tokenizer.": "connector.", "lang_model.": "language_model."}
+_GROUPS = {
+    "vision_encoder.": "model.vision_encoder.",
+    "vision_tokenizer.": "model.connector.",
+    "lang_model.model.": "model.language_model.",
+    "lang_model.lm_head.": "lm_head.",
+}
 """Prefixes: the published, ours."""
 _ADDED = {
     "lang_model.model.embed_tokens.weight": "lang_model.model.embed_tokens.additional_embedding.weight",
@@ -56,6 +62,7 @@ class PublishedCheckpoint:
         """
         folder = Path(folder)
         meta = read_json(folder / "config.json", "it is not a checkpoint folder.")
+        check_depth(meta, folder)
         missing = [key for key in _COUNTS if key not in meta]
         if missing:
             raise CheckpointError(
@@ -127,7 +134,16 @@ class PublishedCheckpoint:
         return torch.promote_types(self.files.dtypes[name], self.files.dtypes[_ADDED.get(name, name)])
 
     def read(self, ours: str) -> Tensor:
-        """A tensor by the name that it has in an `AkiForConditionalGeneration`; of vocabularies both halves."""
+        """A tensor by the name that it has in an `AkiForConditionalGeneration`; of vocabularies both halves.
+
+        Raises:
+            ValueError: it has numbers that are none.
+        """
+        tensor = self._read(ours)
+        check_finite(self.folder, {_published_name(ours): tensor})
+        return tensor
+
+    def _read(self, ours: str) -> Tensor:
         name = _published_name(ours)
         if name not in _ADDED:
             return self.files.read(name)

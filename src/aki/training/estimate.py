@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aki.data.orders import ORDERS
 from aki.data.tokenizer import VOCAB_SIZE
 from aki.models import AkiConfig, AkiForConditionalGeneration
 from aki.training.model import model_config
@@ -128,13 +127,13 @@ def _parts(model: AkiForConditionalGeneration, config: AkiConfig, stage: StageRe
     vision, text = config.vision_config, config.text_config
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     embedded = 0 if text.tie_word_embeddings else _count(model, embeddings)
-    sizes = {part: _count(getattr(model, part)) for part in PARTS}
+    sizes = {part: _count(model.parts[part]) for part in PARTS}
     forward = {
         "vision_encoder": _forward(sizes["vision_encoder"], vision, config.num_patches),
         "connector": 2.0 * sizes["connector"] * (config.num_patches + config.image_seq_length),
         "language_model": _forward(sizes["language_model"] - embedded, text, tokens),
     }
-    forward = {part: len(ORDERS[stage.order]) * flops for part, flops in forward.items()}
+    forward = {part: stage.copies * flops for part, flops in forward.items()}
     parts, gradient_passes = {}, False
     for part in PARTS:
         trained = part not in stage.frozen
@@ -159,9 +158,9 @@ def _memory(
     text = config.text_config
     shards = processes if recipe.fsdp is not None else 1
     everything = _count(model)
-    trained = sum(_count(getattr(model, part)) for part in PARTS if part not in stage.frozen)
+    trained = sum(_count(model.parts[part]) for part in PARTS if part not in stage.frozen)
     element = 2 if recipe.bf16 else 4
-    rows = stage.batch_size * len(ORDERS[stage.order])
+    rows = stage.batch_size * stage.copies
     length = stage.row_tokens if stage.packing else tokens
     wrapped = (recipe.fsdp or {}).get("transformer_layer_cls_to_wrap", ())
     layers = [_count(module) for module in model.modules() if type(module).__name__ in wrapped]
