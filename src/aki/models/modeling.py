@@ -157,7 +157,11 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         Raises:
             ValueError: media and placeholders do not fit, or the rule cannot be applied.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            found, inputs_embeds = input_ids, self.get_input_embeddings()(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            found = self.named_tokens(inputs_embeds)
+        else:
             raise ValueError("pass either input_ids or inputs_embeds.")
         cache = past_key_values if cache is None else cache
         given = {
@@ -165,9 +169,6 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
             "pixel_values_videos": pixel_values_videos,
             "input_features": input_features,
         }
-        found = self.named_tokens(inputs_embeds) if input_ids is None else input_ids
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
         shown = with_blanks(self, {name: values for name, values in given.items() if values is not None}, cache)
         features = {name: encode_media(self, name, values).pooler_output for name, values in shown.items()}
         embeds = {name: values for name, values in features.items() if given[name] is not None}
@@ -306,7 +307,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
     @can_return_tuple

@@ -266,7 +266,7 @@ class AkiProcessor(ProcessorMixin):
 
         def shifted(text: str, character: int) -> int:
             before = text[:character]
-            longer = (before.count(token) * len(token) * (n - 1) for token, n in repeats.items() if token is not None)
+            longer = (before.count(token) * len(token) * (n - 1) for token, n in repeats.items() if token and n)
             return character + sum(longer)
 
         return [
@@ -274,7 +274,7 @@ class AkiProcessor(ProcessorMixin):
             for text, of_one in zip(texts, spans, strict=True)
         ]
 
-    def template(self, name: str | None = None) -> str:
+    def template(self, name: str | None = None) -> str | None:
         """The chat template of that name, or `name` itself, which may be a template; None is the default one."""
         named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         return named.get(name or "default", name)
