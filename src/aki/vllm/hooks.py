@@ -65,6 +65,7 @@ def attach() -> None:
     around(kv_cache_utils, "_gen_mm_extra_hash_keys", _NAME, _name_block)
     for runner in _runners():
         around(runner, "load_model", ("self", "load_dummy_weights"), _load)
+        around(runner, "initialize_kv_cache", ("self", "kv_cache_config"), _look_at_cache)
         around(runner, "execute_model", ("self", "scheduler_output"), _execute)
 
 
@@ -165,10 +166,11 @@ def _schedule(
     """What a picture is shown with is computed in one step: a step that would end within it ends before it."""
     reader = _reader_of(self)
     prompt = None if reader is None else _prompt(reader, request)
+    whole = settings.keeps_prompts_whole(self.vllm_config)
     while True:
         result = original(self, request, num_computed_tokens, num_new_tokens, *args, **kwargs)
         stop = num_computed_tokens + result[1]
-        allowed = stop if prompt is None else prompt.cut(num_computed_tokens, stop)
+        allowed = stop if prompt is None else prompt.cut(num_computed_tokens, stop, whole)
         if allowed == stop:
             return result
         num_new_tokens = allowed - num_computed_tokens
@@ -183,9 +185,20 @@ def _load(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     from aki.vllm.layers import lay_layers
 
     self._aki_order = lambda: self.input_batch.req_ids
-    steps = Steps(reader, 0, lambda: self._aki_order())
+    steps = Steps(reader, lambda: self._aki_order())
     steps.layers = lay_layers(self.vllm_config, steps)
     self._aki_steps = steps
+
+
+def _look_at_cache(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, *args, **kwargs)
+    steps = getattr(self, "_aki_steps", None)
+    if steps is not None and not settings.keeps_prompts_whole(self.vllm_config):
+        from aki.vllm.cache import find_layout
+
+        layers = self.vllm_config.compilation_config.static_forward_context
+        steps.pages = {name: find_layout(name, layers[name]) for name in steps.layers}
+    return result
 
 
 def _note_order(original: Any, self: Any, input_batch: Any) -> Any:

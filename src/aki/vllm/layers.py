@@ -8,8 +8,8 @@ from aki.vllm.settings import CannotServe
 from aki.vllm.steps import Steps
 
 
-def lay_layers(vllm_config: Any, steps: Steps) -> int:
-    """Lay the rule over every attention layer of a decoder; gives how many.
+def lay_layers(vllm_config: Any, steps: Steps) -> list[str]:
+    """Lay the rule over every attention layer of a decoder; gives their names.
 
     Raises:
         CannotServe: a layer cannot do rows again, and why.
@@ -24,7 +24,7 @@ def lay_layers(vllm_config: Any, steps: Steps) -> int:
             "a full CUDA graph over mixed batches leaves no room for the attention rule: start vLLM with "
             "--compilation-config '{\"cudagraph_mode\": \"FULL_AND_PIECEWISE\"}'."
         )
-    laid = 0
+    laid = []
     for name, layer in compilation.static_forward_context.items():
         kind = getattr(layer, "attn_type", AttentionType.DECODER)
         if kind in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY) or not hasattr(layer, "impl"):
@@ -36,8 +36,8 @@ def lay_layers(vllm_config: Any, steps: Steps) -> int:
             )
         _check(name, layer)
         _lay(layer, steps)
-        laid += 1
-    if laid == 0:
+        laid.append(name)
+    if not laid:
         raise CannotServe("no attention layer of vLLM was found in this model, so no attention rule can be laid over it.")
     return laid
 

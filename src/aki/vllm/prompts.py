@@ -58,8 +58,13 @@ class Prompt:
     items: tuple[tuple[int, int, str], ...]
     openings: tuple[Opening, ...]
 
-    def cut(self, start: int, stop: int) -> int:
-        """The last place up to `stop` where a step that begins at `start` may end: no row of it needs a later key."""
+    def cut(self, start: int, stop: int, whole: bool = False) -> int:
+        """The last place up to `stop` where a step that begins at `start` may end: no row of it needs a later key.
+
+        With `whole`, no row that is opened needs an earlier step's key either.
+        """
+        if whole and self.openings and start < self.openings[-1].stop:
+            return stop if stop >= max(o.reach for o in self.openings) else start
         for _ in self.openings:
             torn = [o for o in self.openings if o.stop > start and o.first < stop < o.reach]
             if not torn:

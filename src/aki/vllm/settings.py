@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from aki.vllm.prompts import checked_rule
 
 logger = logging.getLogger("vllm.aki")
@@ -56,11 +58,32 @@ def lay(vllm_config: Any) -> None:
     if vllm_config.compilation_config.pass_config.fuse_attn_quant:
         said.append("attention is not fused with the quantization of its output")
     vllm_config.compilation_config.pass_config.fuse_attn_quant = False
+    unreadable = _unreadable_cache(vllm_config)
+    if unreadable and vllm_config.cache_config.enable_prefix_caching:
+        said.append(f"prefix caching is off, because {unreadable}")
+        vllm_config.cache_config.enable_prefix_caching = False
     logger.info(
         "aki: prompts are answered under the rule %r. What a picture is shown with stays in one step%s.",
         rule,
         "".join(f"; {change}" for change in said),
     )
+
+
+def keeps_prompts_whole(vllm_config: Any) -> bool:
+    """Whether all that a rule opens in a prompt is computed in one step, because no cached key can be read."""
+    return not vllm_config.cache_config.enable_prefix_caching
+
+
+def _unreadable_cache(vllm_config: Any) -> str | None:
+    from vllm.platforms import current_platform
+
+    cache = str(vllm_config.cache_config.cache_dtype)
+    if cache.startswith(("fp8", "int8", "int4", "nvfp4", "turboquant")):
+        return f"keys of the cache's type {cache} are not those of the step"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    if current_platform.is_cpu() and vllm_config.model_config.dtype == torch.bfloat16 and amx():
+        return "AMX kernels keep keys in tiles"
+    return None
 
 
 def _refuse(vllm_config: Any, rule: str) -> None:
@@ -74,7 +97,6 @@ def _refuse(vllm_config: Any, rule: str) -> None:
         "two half batches overlap": getattr(parallel, "enable_dbo", False),
         "a prompt's keys lie on several GPUs": getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "the cache holds quantized keys": str(vllm_config.cache_config.cache_dtype).startswith(("fp8", "int8", "nvfp4")),
     }
     for reason, holds in reasons.items():
         if holds:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aki.vllm.cache import CachedKeys
+from aki.vllm.cache import Pages, read
 from aki.vllm.prompts import Prompt, PromptReader
 from aki.vllm.rows import Rows, attend
 
@@ -19,12 +19,13 @@ class Steps:
 
     Args:
         reader: of prompts.
-        layers: how many attention layers this worker computes.
         order: the requests of the step that is being computed, as their tokens stand in it.
     """
 
-    def __init__(self, reader: PromptReader, layers: int, order: Callable[[], Sequence[str]]):
-        self.reader, self.layers, self.order = reader, layers, order
+    def __init__(self, reader: PromptReader, order: Callable[[], Sequence[str]]):
+        self.reader, self.order = reader, order
+        self.layers: list[str] = []
+        self.pages: dict[str, Pages] = {}
         self.prompts: dict[str, Prompt] = {}
         self.unfinished: set[str] = set()
         self.starts: dict[str, int] = {}
@@ -44,9 +45,9 @@ class Steps:
         self._begin(scheduled)
         try:
             yield
-            if self.is_open and self.done != self.layers:
+            if self.is_open and self.done != len(self.layers):
                 raise RuntimeError(
-                    f"{self.layers - self.done} of {self.layers} attention layers were computed past the attention "
+                    f"{len(self.layers) - self.done} of {len(self.layers)} attention layers were computed past the attention "
                     "rule, so this step would have been answered causally: vLLM ran them in a way that aki does not "
                     "know (a CUDA graph over mixed batches, for instance). Start it with --enforce-eager."
                 )
@@ -134,7 +135,8 @@ class Steps:
         own_key, own_value = key[rows.tokens], value[rows.tokens]
         if rows.cached == 0:
             return own_key, own_value
-        cached_key, cached_value = CachedKeys(layer, kv_cache, metadata).read(rows.row, rows.cached)
+        table = metadata.block_table[rows.row]
+        cached_key, cached_value = read(self.pages[layer.layer_name], layer, kv_cache, table, rows.cached)
         return torch.cat([cached_key, own_key]), torch.cat([cached_value, own_value])
 
 
