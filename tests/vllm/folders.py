@@ -121,4 +121,149 @@ def llava(folder: Path) -> Path:
     return save(folder, config, processor)
 
 
-FAMILIES: dict[str, Callable[[Path], Path]] = {"LLaVA": llava}
+def qwen2_5_vl(folder: Path) -> Path:
+    from transformers import Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    media = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    words = tokenizer(media, CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"))
+    parts = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
+    image = Qwen2VLImageProcessor(**parts, min_pixels=32 * 32, max_pixels=48 * 48)
+    video = Qwen2VLVideoProcessor(**parts, min_pixels=32 * 32, max_pixels=48 * 48)
+    processor = Qwen2_5_VLProcessor(image, words, video, chat_template=words.chat_template)
+    ids = words.convert_tokens_to_ids(media)
+    config = AutoConfig.for_model(
+        "qwen2_5_vl",
+        text_config={
+            **TEXT,
+            "vocab_size": len(words),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "patch_size": 8,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "out_hidden_size": 64,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=ids[0],
+        video_token_id=ids[1],
+        vision_start_token_id=ids[2],
+        vision_end_token_id=ids[3],
+    )
+    return save(folder, config, processor)
+
+
+def idefics3(folder: Path) -> Path:
+    from transformers import Idefics3Processor
+    from transformers.models.idefics3.image_processing_idefics3 import Idefics3ImageProcessor
+
+    rows = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
+    media = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *rows]
+    words = tokenizer(media, CHAT.replace("IMAGE", "<image>"))
+    image = Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    processor = Idefics3Processor(image, words, image_seq_len=4, chat_template=words.chat_template)
+    config = AutoConfig.for_model(
+        "idefics3",
+        text_config={"model_type": "llama", "vocab_size": len(words), **TEXT},
+        vision_config=VISION,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    return save(folder, config, processor)
+
+
+def internvl(folder: Path) -> Path:
+    from transformers import InternVLProcessor
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
+    from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+
+    media = ["<IMG_CONTEXT>", "<img>", "</img>", "<video>"]
+    words = tokenizer(media, CHAT.replace("IMAGE", "<IMG_CONTEXT>"))
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    words.init_kwargs["extra_special_tokens"] = names | {"video_token": "<video>"}
+    for name, token in (names | {"video_token": "<video>"}).items():
+        setattr(words, name, token)
+        setattr(words, f"{name}_id", words.convert_tokens_to_ids(token))
+    image = GotOcr2ImageProcessor(
+        size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=2
+    )
+    video = InternVLVideoProcessor(size={"height": 32, "width": 32})
+    processor = InternVLProcessor(image, words, video, image_seq_length=4, chat_template=words.chat_template)
+    config = AutoConfig.for_model(
+        "internvl",
+        text_config={"model_type": "qwen2", "vocab_size": len(words), **TEXT},
+        vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
+        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+    return save(folder, config, processor)
+
+
+def gemma3(folder: Path) -> Path:
+    from transformers import Gemma3Processor
+    from transformers.models.gemma3.image_processing_gemma3 import Gemma3ImageProcessor
+
+    media = ["<image_soft_token>", "<start_of_image>", "<end_of_image>"]
+    words = tokenizer(media, CHAT.replace("IMAGE", "<start_of_image>"))
+    named = {"image_token": media[0], "boi_token": media[1], "eoi_token": media[2]}
+    words.init_kwargs["extra_special_tokens"] = named
+    for name, token in named.items():
+        setattr(words, name, token)
+        setattr(words, f"{name}_id", words.convert_tokens_to_ids(token))
+    image = Gemma3ImageProcessor(size={"height": 32, "width": 32})
+    processor = Gemma3Processor(image, words, image_seq_length=4, chat_template=words.chat_template)
+    ids = words.convert_tokens_to_ids(media)
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={
+            **TEXT,
+            "vocab_size": len(words),
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        vision_config={"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
+        image_token_index=ids[0],
+        boi_token_index=ids[1],
+        eoi_token_index=ids[2],
+        mm_tokens_per_image=4,
+    )
+    return save(folder, config, processor)
+
+
+def mistral3(folder: Path) -> Path:
+    from transformers import PixtralProcessor
+    from transformers.models.pixtral.image_processing_pixtral import PixtralImageProcessor
+
+    media = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    words = tokenizer(media, CHAT.replace("IMAGE", "[IMG]"))
+    image = PixtralImageProcessor(size={"longest_edge": 32}, patch_size={"height": 8, "width": 8})
+    processor = PixtralProcessor(
+        image, words, patch_size=8, spatial_merge_size=2, chat_template=words.chat_template
+    )
+    config = AutoConfig.for_model(
+        "mistral3",
+        text_config={"model_type": "mistral", **TEXT, "vocab_size": len(words), "sliding_window": None},
+        vision_config={"model_type": "pixtral", **VISION, "head_dim": 32},
+        image_token_index=words.convert_tokens_to_ids("[IMG]"),
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+    return save(folder, config, processor)
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "LLaVA": llava,
+    "Qwen2.5-VL": qwen2_5_vl,
+    "Idefics3": idefics3,
+    "InternVL": internvl,
+    "Gemma 3": gemma3,
+    "Mistral 3": mistral3,
+}
