@@ -21,7 +21,7 @@ def measure(dtype_name: str, layers: int, steps: int, row_tokens: int) -> dict:
     torch.manual_seed(0)
     models = {way: build("merged", layers) for way in ("eager", "compiled")}
     models["compiled"].load_state_dict(models["eager"].state_dict())
-    for layer in models["compiled"].language_model.model.layers:
+    for layer in models["compiled"].model.language_model.layers:
         layer.compile(dynamic=True)
     optimizers = {way: torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) for way, model in models.items()}
     batch = next(batches("packed", draw_samples(row_tokens // 200, seed=0), 1, row_tokens))

@@ -56,7 +56,7 @@ def build(attention: str, layers: int) -> AkiForConditionalGeneration:
         vision_config=vision.to_dict(), text_config=text, connector_config={"connector": "mlp"}, image_token_id=IMAGE
     )
     model = AkiForConditionalGeneration._from_config(config, attn_implementation={"text_config": attention})
-    model.vision_encoder.requires_grad_(False)
+    model.model.vision_encoder.requires_grad_(False)
     return model.train()
 
 
@@ -131,9 +131,9 @@ def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
 
 def useful_operations(model: AkiForConditionalGeneration, samples: list[Row]) -> float:
     """Of forward and backward over real tokens: layers on all of them, the output layer where something is learned."""
-    layers = sum(p.numel() for n, p in model.language_model.named_parameters() if p.ndim == 2 and ".layers." in n)
+    layers = sum(p.numel() for n, p in model.model.language_model.named_parameters() if p.ndim == 2 and ".layers." in n)
     head = sum(p.numel() for p in model.get_output_embeddings().parameters())
-    connector = sum(p.numel() for p in model.connector.parameters() if p.ndim == 2)
+    connector = sum(p.numel() for p in model.model.connector.parameters() if p.ndim == 2)
     tokens = sum(sample["input_ids"].shape[1] for sample in samples)
     learned = sum(int((sample["labels"][:, 1:] != IGNORE_INDEX).sum()) for sample in samples)
     return 6.0 * (layers * tokens + head * learned + connector * PICTURE * len(samples))

@@ -128,9 +128,34 @@ def learned_of(visible: list[list[bool]], layers: int | None = None) -> list[set
 
 
 def supervised(row: Row) -> list[int]:
-    """The positions that are trained to predict the token after them."""
-    wanted = [t.labelled and not t.is_padding and t.modality == 0 for t in row]
-    return [q for q in range(len(row) - 1) if wanted[q + 1] and not row[q].is_padding]
+    """The positions that are trained to predict the token after them, padding or not; the model takes media out."""
+    return [q for q in range(len(row) - 1) if row[q + 1].labelled and row[q + 1].modality == 0]
+
+
+def influence(visible: list[list[bool]], row: Row, layers: int = 3) -> torch.Tensor:
+    """By the gradients of a small attention network: does the loss at q change with the token at p? (length, length).
+
+    Whatever the loss doesn't train is a row without a True.
+    """
+    found = torch.zeros(len(row), len(row), dtype=torch.bool)
+    if len(row) == 1:
+        return found
+    generator = torch.Generator().manual_seed(0)
+    mask, width = torch.tensor(visible), 3
+    tokens = torch.randn(len(row), width, generator=generator, dtype=torch.float64).requires_grad_()
+    hidden = tokens
+    for _ in range(layers):
+        query, value = torch.randn(2, width, width, generator=generator, dtype=torch.float64)
+        weights = (hidden @ query @ hidden.T).tanh().masked_fill(~mask, -torch.inf)
+        # The first token's row of left padding has no key.
+        weights = weights.masked_fill(~mask.any(1, keepdim=True), 0).softmax(-1) * mask
+        hidden = hidden + (weights @ hidden @ value).tanh()
+    labels = torch.tensor([0 if row[q].labelled and row[q].modality == 0 else IGNORE for q in range(1, len(row))])
+    losses = torch.nn.functional.cross_entropy(hidden[:-1], labels, reduction="none", ignore_index=IGNORE)
+    every = torch.eye(len(row) - 1, dtype=torch.float64)
+    (gradients,) = torch.autograd.grad(losses, tokens, every, is_grads_batched=True)
+    found[:-1] = (gradients != 0).any(-1)
+    return found
 
 
 def blocks_from_labels(row: Row) -> list[int]:
@@ -221,7 +246,7 @@ def batches(
     tokens_per_item: int | None = None,
     rings: Sequence[int] | None = None,
 ) -> Batch:
-    """Batches of several turns, documents and pictures, padded left or right.
+    """Batches of several turns, documents and pictures, padded left or right, and with padding anywhere inside.
 
     Args:
         modalities: kinds of media.
@@ -233,6 +258,7 @@ def batches(
     tokens_per_item = tokens_per_item or draw(st.integers(1, 3))
     rings = rings or draw(st.lists(st.integers(0, 2), min_size=tokens_per_item, max_size=tokens_per_item))
     side = draw(st.sampled_from(["left", "right"]))
+    holes = not packed and draw(st.booleans())
     restart_blocks = draw(st.booleans())
     rows = []
     for _ in range(draw(st.integers(1, max_rows))):
@@ -254,6 +280,9 @@ def batches(
                     item += 1
             if len(row) == start:
                 row.append(Token(document, block=-1 if captions else block))
+        if holes:
+            hole = draw(st.integers(0, len(row)))
+            row[hole:hole] = [PADDING] * draw(st.integers(1, 2))
         rows.append(row)
     length = max(len(row) for row in rows)
     for i, row in enumerate(rows):

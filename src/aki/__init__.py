@@ -2,7 +2,7 @@
 
 from aki import plots
 from aki.attention import lock, unlock, write_prompt_blocks
-from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiModel, AkiProcessor
 from aki.models.explain import explain
 
 __version__ = "0.1.0"
@@ -10,6 +10,7 @@ __all__ = [
     "AkiConfig",
     "AkiConnectorConfig",
     "AkiForConditionalGeneration",
+    "AkiModel",
     "AkiProcessor",
     "explain",
     "lock",

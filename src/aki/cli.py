@@ -20,6 +20,7 @@ from aki.commands.mask import Mask
 from aki.commands.serve import Serve
 from aki.commands.table import Table
 from aki.commands.train import Train
+from aki.threads import use_threads
 from aki.training.recipe import RecipeError
 
 COMMANDS: tuple[Any, ...] = (
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         description="Multimodal LLMs with modality-mutual attention.",
         return_unknown_args=True,
     )
+    use_threads()
     if not isinstance(command, Chat):
         from transformers.utils.logging import disable_progress_bar
 

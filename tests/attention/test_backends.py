@@ -131,7 +131,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_a_compiled_language_model_changes_nothing():
     ours = build("merged")
-    ours.language_model.forward = torch.compile(ours.language_model.forward, backend="aot_eager")
+    ours.model.language_model.forward = torch.compile(ours.model.language_model.forward, backend="aot_eager")
     same_gradients(ours, build("merged"))
 
 
@@ -269,7 +269,7 @@ def test_a_training_step_holds_nothing_of_length_by_length(implementation):
 def test_no_mask_is_made_on_the_way_to_merged_attention(device):
     model, inputs = build("merged").to(device), {name: x.to(device) for name, x in batch("right").items()}
     seen = []
-    hook = model.language_model.register_forward_pre_hook(
+    hook = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
     )
     with torch.no_grad():

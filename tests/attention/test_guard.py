@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
@@ -20,26 +22,46 @@ def verdict(name: str, batch: oracle.Batch) -> str:
 
 
 def true_verdict(name: str, batch: oracle.Batch) -> str:
-    """By following who learns of whom through layer after layer."""
-    learned = [oracle.learned_of(oracle.mask(name, row)) for row in batch.rows]
-    trained = [oracle.supervised(row) for row in batch.rows]
-    if any(max(known[q]) > q for known, rows in zip(learned, trained, strict=True) for q in rows):
+    """By the gradients of a loss through an attention network under the oracle's mask."""
+    later = torch.ones(len(batch.rows[0]), len(batch.rows[0]), dtype=torch.bool).triu(1)
+    masks = [oracle.mask(name, row) for row in batch.rows]
+    of_loss = torch.stack([oracle.influence(mask, row) for mask, row in zip(masks, batch.rows, strict=True)])
+    if (of_loss & later).any():
         return "leaks"
     media = any(token.modality != 0 for row in batch.rows for token in row)
-    opened = any(
-        max(known[q]) > q
-        for known, row in zip(learned, batch.rows, strict=True)
-        for q, token in enumerate(row)
-        if not token.is_padding
-    )
-    return "opens nothing" if name != "causal" and media and any(trained) and not opened else "passes"
+    opened = any(max(known[q]) > q for known in map(oracle.learned_of, masks) for q in range(len(known)))
+    return "opens nothing" if name != "causal" and media and of_loss.any() and not opened else "passes"
 
 
 @every_rule
 @given(batch=oracle.batches())
-@settings(max_examples=200)
-def test_the_verdict_is_that_of_the_fixpoint_over_layers(name, batch):
+@settings(max_examples=100)
+def test_the_verdict_is_that_of_the_losss_gradients(name, batch):
     assert verdict(name, batch) == true_verdict(name, batch)
+
+
+@given(batch=oracle.batches())
+@settings(max_examples=100)
+def test_what_the_loss_trains_is_what_the_oracle_says(batch):
+    for row in batch.rows:
+        trained = oracle.influence(oracle.mask("causal", row), row).any(1)
+        assert trained.nonzero()[:, 0].tolist() == oracle.supervised(row)
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_padding_between_prompt_and_answer_is_trained_too(longer):
+    """Entry 27 of the faults found by use: the row that predicts the first token of the answer is padding."""
+    prompt = [oracle.Token(0, block=0), oracle.Token(0, 1, 0, 0), oracle.Token(0, block=0)]
+    answer = [oracle.Token(0, block=0 if i < longer else -1, labelled=True) for i in range(3)]
+    batch = oracle.Batch([[*prompt, oracle.PADDING, oracle.PADDING, *answer]], 1, False)
+    assert verdict("mma", batch) == true_verdict("mma", batch) == ("leaks" if longer else "passes")
+
+
+def test_a_label_on_padding_is_trained_too():
+    """Entry 27 again: padding is never seen, but a loss may ask for it."""
+    row = [oracle.Token(0, 1, 0, 0), oracle.Token(0, block=0), replace(oracle.PADDING, labelled=True)]
+    batch = oracle.Batch([[*row, oracle.Token(0, block=0)]], 1, False)
+    assert verdict("mma", batch) == true_verdict("mma", batch) == "leaks"
 
 
 @given(batch=oracle.batches(free_labels=False))
@@ -268,7 +290,14 @@ def moved(model: AkiForConditionalGeneration, rule: str, batch: oracle.Batch) ->
 
 def one_row(rule: str, packed: bool):
     rings = RINGS if rule == "concentric" else None
-    return oracle.batches(modalities=1, max_rows=1, packed=packed, tokens_per_item=per_image(rule), rings=rings)
+    drawn = oracle.batches(modalities=1, max_rows=1, packed=packed, tokens_per_item=per_image(rule), rings=rings)
+    # A picture changes as a whole, so what padding within it learns of could not be told apart.
+    return drawn.filter(lambda batch: all(in_one_piece(batch.rows[0], token.item) for token in batch.rows[0]))
+
+
+def in_one_piece(row: oracle.Row, item: int) -> bool:
+    places = [i for i, token in enumerate(row) if token.item == item]
+    return item == -1 or places[-1] - places[0] == len(places) - 1
 
 
 @every_rule

@@ -6,8 +6,9 @@ import torch
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
 from aki.data.orders import ORDERS, InEachOrder, template_in_order
+from aki.data.schema import Sample, assistant
 from aki.layout import IGNORE_INDEX
-from aki.models.templates import AKI, CAPTION, SHORT, text_first
+from aki.models.templates import AKI, CAPTION, SHORT, echo, text_first
 from aki.training.recipe import RecipeError, StageRecipe, build
 from aki.training.stages import build_model
 
@@ -35,7 +36,11 @@ def read(processor, batch, row=0) -> tuple[str, str]:
 def test_a_question_in_either_order(processor):
     data = DigitScenes("train", "question", 2, 24)
     question, answer = data[0].question, data[0].answer
-    for order, prompt in (("image_first", f"<image> {question}"), ("text_first", f" {question}<image>")):
+    for order, prompt in (
+        ("image_first", f"<image> {question}"),
+        ("text_first", f" {question}<image>"),
+        ("echo", f" {question}<image> {question}"),
+    ):
         (collate,) = collators(processor, "default", order)
         batch = collate([data[0]])
         whole, learned = read(processor, batch)
@@ -77,17 +82,31 @@ def test_orders_of_unequal_length_are_padded(processor):
     assert (batch["prompt_block_ids"][0][batch["attention_mask"][0] == 0] == -1).all()
 
 
+def test_an_echo_repeats_what_has_a_picture_and_nothing_else(processor):
+    samples = [DigitScenes("train", task, 2, 24)[0] for task in ("question", "caption")]
+    (question,), (caption,) = (collators(processor, name, "echo") for name in ("default", "caption"))
+    assert read(processor, caption([samples[1]]))[0].count(samples[1].answer) == 1
+    earlier = [{"role": "user", "content": [{"type": "text", "text": "ready?"}]}, assistant("yes")]
+    chat = Sample([*earlier, *samples[0].messages], "digits", "0")
+    whole = read(processor, question([chat]))[0]
+    assert whole.count("ready") == 1
+    assert whole.count(samples[0].question) == 2
+
+
 def test_a_template_of_others_is_refused():
     assert text_first(SHORT) != SHORT
     assert text_first(AKI) != AKI
     assert text_first(CAPTION) != CAPTION
-    with pytest.raises(ValueError, match="only AKI's own"):
-        text_first("{% for message in messages %}{{ message.content }}{% endfor %}")
+    for turn in (text_first, echo):
+        with pytest.raises(ValueError, match="only AKI's own"):
+            turn("{% for message in messages %}{{ message.content }}{% endfor %}")
 
 
 def test_what_a_stage_cannot_do_is_a_sentence(tiny_recipe):
     values = {**vars(tiny_recipe.sft)}
-    with pytest.raises(RecipeError, match="order 'both_ways' is not known; there are image_first, text_first, both"):
+    with pytest.raises(
+        RecipeError, match="order 'both_ways' is not known; there are image_first, text_first, echo, both"
+    ):
         build(StageRecipe, values | {"order": "both_ways"}, "sft")
     with pytest.raises(RecipeError, match="not for packed rows: set packing to false"):
         build(StageRecipe, values | {"order": "both", "packing": True}, "sft")
@@ -103,7 +122,7 @@ def test_text_first_captions_teach_the_connector_nothing_and_questions_do(tiny_r
         (collate,) = collators(processor, name, order)
         model.zero_grad()
         model(**collate([data[i] for i in range(4)])).loss.backward()
-        return sum(float(p.grad.abs().sum()) for p in model.connector.parameters() if p.grad is not None)
+        return sum(float(p.grad.abs().sum()) for p in model.model.connector.parameters() if p.grad is not None)
 
     assert gradient("caption", "caption", "text_first") == 0
     assert gradient("caption", "caption", "image_first") > 0

@@ -87,6 +87,102 @@ def test_llava_entries_out_of_form_are_bad(opened, tmp_path):
     assert reasons == ["malformed entry"] * 4 + ["empty text"] * 2
 
 
+def test_18_each_picture_stands_at_its_mark(opened, tmp_path):
+    """Issue 12, entry 18: in its turn, and where there are no marks all of them first."""
+    two = ["a.jpg", "b.jpg"]
+    entries = [
+        {"id": "turns", "image": two, "conversations": turns("<image>\nQ1", "A1", "Q2\n<image>", "A2", "Q3", "A3")},
+        {"id": "within", "images": two, "conversations": turns("Is <image> like <image>?", "A")},
+        {"id": "later", "image": "a.jpg", "conversations": turns("Q1", "A1", "<image>\nQ2", "A2")},
+        {"id": "none", "images": two, "conversations": turns("Q1", "A1", "Q2", "A2")},
+        {"id": "few", "image": two, "conversations": turns("<image>\nQ", "A")},
+        {"id": "many", "image": "a.jpg", "conversations": turns("<image>\nQ", "A", "<image>\nQ", "A")},
+        {"id": "answer", "image": "a.jpg", "conversations": turns("Q", "<image>")},
+        {"id": "two lists", "image": "a.jpg", "images": ["b.jpg"], "conversations": turns("Q", "A")},
+        {"id": "video", "video": "a.mp4", "conversations": turns("Q", "A")},
+    ]
+    write(tmp_path / "chats.json", entries)
+    whole = opened("llava_conversations", tmp_path / "chats.json")
+    first, second = ("user", "a.jpg"), ("user", "b.jpg")
+    one, two, three = ([("user", f"Q{n}"), ("assistant", f"A{n}")] for n in (1, 2, 3))
+    assert contents(whole[0]) == [first, *one, two[0], second, two[1], *three]
+    compared = [("user", "Is"), first, ("user", "like"), second, ("user", "?"), ("assistant", "A")]
+    assert contents(whole[1]) == compared
+    assert contents(whole[2]) == [*one, first, *two]
+    assert contents(whole[3]) == [first, second, *one, *two]
+    assert [bad(whole, index).reason for index in range(4, 9)] == ["malformed entry"] * 5
+    pairs = opened("llava_pairs", tmp_path / "chats.json")
+    assert [contents(pairs[index]) for index in range(8)] == [
+        [first, *one],
+        [first, two[0], second, two[1]],
+        [first, second, *three],
+        compared,
+        one,
+        [first, *two],
+        [first, second, *one],
+        [first, second, *two],
+    ]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_19_what_stands_in_a_csv_file_is_the_answer(opened, tmp_path, folder):
+    """Issue 12, entry 19: also what pandas takes for nothing, for a number or for a truth value."""
+    answers = ["None", "NA", "null", "nan", "n/a", "", "007", "1.50", "True", "1e3", "-", "2009-07-04", " x"]
+    path = tmp_path / "table" / "data.csv"
+    path.parent.mkdir()
+    for chosen in (answers, ["007", "1.50"], ["True", "False"], ["NA", "null"]):
+        path.write_text(
+            "key,photo,q,a\n" + "".join(f"0{i},,Q,{answer}\n" for i, answer in enumerate(chosen)), "utf-8-sig"
+        )
+        columns = {"id": "key", "image": "photo", "question": "q", "answer": "a"}
+        source = opened("datasets", path.parent if folder else path, columns=columns)
+        read = [bad(source, i).reason if not answer else source[i].answer for i, answer in enumerate(chosen)]
+        assert read == [answer or "empty text" for answer in chosen]
+        assert source[0].id == "00"
+        assert contents(source[0])[0] == ("user", "Q")
+
+
+def test_19_numbers_in_other_files(opened, tmp_path):
+    """Issue 12, entry 19: a column of numbers was refused row for row."""
+    for name, answer in (("ints", 7), ("floats", 7.5)):
+        datasets.Dataset.from_dict({"q": [3], "a": [answer]}).to_parquet(tmp_path / f"{name}.parquet")
+        sample = opened("datasets", tmp_path / f"{name}.parquet", columns={"question": "q", "answer": "a"})[0]
+        assert (sample.question, sample.answer) == ("3", str(answer))
+
+
+def test_20_a_byte_order_mark_is_no_part_of_a_caption(opened, pictures):
+    """Issue 12, entry 20: it was learned."""
+    (pictures / "a.txt").write_text("A red square.", "utf-8-sig")
+    assert opened("captions", pictures, images=None)[0].answer == "A red square."
+    (pictures / "metadata.jsonl").write_text(json.dumps({"file_name": "a.jpg", "text": "red"}), "utf-8-sig")
+    assert opened("captions", pictures, images=None)[0].answer == "red"
+
+
+def test_20_half_of_a_surrogate_pair_is_a_bad_sample_to_every_reader(opened, tmp_path):
+    """Issue 12, entry 20: a list of JSON was lost as a whole, a line of JSON alone."""
+    texts = ["fine", "half \ud800", "\udc00 half", "a pair \U0001f600", "fine \\ud800"]
+    chats = [turns("Q", text) for text in texts]
+    (tmp_path / "list.json").write_text(json.dumps([{"id": "x", "conversations": chat} for chat in chats]))
+    roles = ("user", "assistant")
+    lines = [
+        {"messages": [{"role": role, "content": turn["value"]} for role, turn in zip(roles, chat, strict=True)]}
+        for chat in chats
+    ]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for kind, name in (("llava_conversations", "list.json"), ("messages", "lines.jsonl")):
+        source = opened(kind, tmp_path / name)
+        assert [source[index].answer for index in (0, 3, 4)] == [texts[index] for index in (0, 3, 4)]
+        assert [bad(source, index).reason for index in (1, 2)] == ["malformed entry"] * 2
+
+
+def test_22_postscript_is_no_picture_of_a_folder(opened, pictures):
+    """Issue 12, entry 22: a file that Pillow would open by another program is none of the pictures."""
+    (pictures / "c.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0")
+    (pictures / "c.txt").write_text("A caption.")
+    source = opened("captions", pictures, images=None)
+    assert [bad(source, index).reason for index in range(3)] == ["empty text", "empty text", "missing image"]
+
+
 def test_messages_in_every_form(opened, tmp_path):
     def image(**part):
         return {"role": "user", "content": [part, {"type": "text", "text": "Q"}]}

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
-from aki.data.packing import PackedCollator, PackedRows, first_fit_decreasing, join
+from aki.data.packing import PackedCollator, PackedRows, first_fit_decreasing, items_of, join, split_rows
 from aki.training.stages import build_model
 
 
@@ -116,3 +116,24 @@ def samples_in_rows(rows, samples: int) -> int:
         if seen == samples:
             return number
     raise AssertionError
+
+
+def test_15_a_batch_of_packed_rows_comes_apart_into_rows_with_their_own_media_of_every_kind():
+    """Issue 12, entry 15: only pictures were cut by row, so each row had the videos and audio of all."""
+
+    def row(tokens, **media):
+        ids = torch.arange(tokens)[None]
+        whole = {name: ids.clone() for name in ("input_ids", "prompt_block_ids", "labels", "position_ids")}
+        shapes = {"pixel_values": (3, 4, 4), "pixel_values_videos": (2, 3, 4, 4), "input_features": (5, 7)}
+        return whole | {kind: torch.randn(items, *shapes[kind]) for kind, items in media.items()}
+
+    rows = [
+        row(5, pixel_values=2),
+        row(5, pixel_values_videos=1, input_features=3),
+        row(5),
+        row(5, pixel_values=1, pixel_values_videos=2),
+    ]
+    batch = PackedCollator(0)(rows)
+    apart = list(split_rows(batch, len(rows), items_of(rows)))
+    assert [one.keys() for one in apart] == [one.keys() for one in rows]
+    assert all(torch.equal(one[name], own[name]) for one, own in zip(apart, rows, strict=True) for name in own)

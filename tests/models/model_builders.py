@@ -155,6 +155,15 @@ def who_sees_whom(ids: Tensor, attention: Tensor, blocks: Tensor, window: int | 
     return seen
 
 
+def stock_language_model(model: AkiForConditionalGeneration, implementation: str | None = None) -> Any:
+    """transformers' own language model with the model's weights."""
+    config = copy.deepcopy(model.config.text_config)
+    language_model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    language_model.base_model.load_state_dict(model.model.language_model.state_dict())
+    language_model.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
+    return language_model
+
+
 def stock_logits(
     model: AkiForConditionalGeneration,
     ids: Tensor,
@@ -165,9 +174,8 @@ def stock_logits(
 ) -> Tensor:
     """The logits that transformers' own language model gives for embeddings and masks put together by hand."""
     implementation = model.config.text_config._attn_implementation
-    text_config = copy.deepcopy(model.config.text_config)
-    language_model = AutoModelForCausalLM.from_config(text_config, attn_implementation=implementation).eval()
-    language_model.load_state_dict(model.language_model.state_dict())
+    text_config = model.config.text_config
+    language_model = stock_language_model(model, implementation)
     attention = torch.ones_like(ids) if attention is None else attention
     with torch.no_grad():
         embeds = language_model.get_input_embeddings()(ids).clone()
@@ -192,10 +200,10 @@ def stock_logits(
 
 def _image_embeddings(model: AkiForConditionalGeneration, pixel_values: Tensor, before: int) -> list[Tensor]:
     encoder = AutoModel.from_config(copy.deepcopy(model.config.vision_config)).eval()
-    encoder.load_state_dict(model.vision_encoder.state_dict())
+    encoder.load_state_dict(model.model.vision_encoder.state_dict())
     embedded = []
     for picture in pixel_values:
         features = encoder(picture[None]).last_hidden_state[:, before:]
         assert features.shape[1] == (PIXELS // PATCH) ** 2
-        embedded += list(model.connector(features)[0])
+        embedded += list(model.model.connector(features)[0])
     return embedded

@@ -14,6 +14,7 @@ from model_builders import (
     assert_same,
     enlarge,
     pictures,
+    stock_language_model,
     stock_logits,
     tiny_model,
     tokens,
@@ -89,7 +90,7 @@ def test_every_weight_that_is_used_is_trained(vision, text):
     model = tiny_model(vision=vision, text=text).train()
     model(input_ids=IDS, pixel_values=pictures(3), labels=LABELS, prompt_block_ids=BLOCKS).loss.backward()
     for name, parameter in model.named_parameters():
-        if any(name.startswith(f"vision_encoder.{part}") for part in NEVER_USED[vision]):
+        if any(name.startswith(f"model.vision_encoder.{part}") for part in NEVER_USED[vision]):
             assert parameter.grad is None, name
         else:
             assert parameter.grad is not None, name
@@ -148,20 +149,20 @@ def test_untied_embeddings_stay_untied(tmp_path):
 def test_output_bias_is_added_to_the_logits(text, tmp_path):
     model, plain = tiny_model(text=text, output_bias=True), tiny_model(text=text)
     state = model.state_dict()
-    bias = state.pop("language_model.lm_head.bias")
+    bias = state.pop("lm_head.bias")
     plain.load_state_dict(state)
     inputs = {"input_ids": IDS, "pixel_values": pictures(3), "prompt_block_ids": BLOCKS}
     with torch.no_grad():
         assert_same(model(**inputs).logits, plain(**inputs).logits + bias)
     model.save_pretrained(tmp_path)
     again = AkiForConditionalGeneration.from_pretrained(tmp_path)
-    assert torch.equal(again.language_model.lm_head.bias, bias)
+    assert torch.equal(again.lm_head.bias, bias)
 
 
 def test_a_new_output_bias_is_zero():
     config = tiny_model().config
     config.output_bias = True
-    assert not AkiForConditionalGeneration(config).language_model.lm_head.bias.any()
+    assert not AkiForConditionalGeneration(config).lm_head.bias.any()
 
 
 @pytest.mark.parametrize("config_class", [Siglip2Config, Siglip2VisionConfig])
@@ -207,13 +208,15 @@ class TestFromBackbones:
         model = AkiForConditionalGeneration.from_backbones(**names, image_token_id=IMAGE, connector_config=CONNECTOR)
         model.eval()
         tower = encoder.vision_model if isinstance(encoder, CLIPModel) else encoder
-        for mine, theirs in ((model.vision_encoder, tower), (model.language_model, language_model)):
+        for mine, theirs in ((model.model.vision_encoder, tower), (stock_language_model(model), language_model)):
             theirs = theirs.state_dict()
             assert mine.state_dict().keys() <= theirs.keys()
             assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.state_dict().items())
         model.set_attn_implementation("eager")
         assert (
-            model.language_model.config._attn_implementation == model.config.text_config._attn_implementation == "eager"
+            model.model.language_model.config._attn_implementation
+            == model.config.text_config._attn_implementation
+            == "eager"
         )
         with torch.no_grad():
             logits = model(input_ids=IDS, pixel_values=pictures(3), prompt_block_ids=BLOCKS).logits
@@ -224,9 +227,11 @@ class TestFromBackbones:
         encoder, _, names = folders("siglip (both towers)", "llama")
         assert isinstance(encoder, SiglipModel)
         model = AkiForConditionalGeneration.from_backbones(**names, image_token_id=IMAGE)
-        assert isinstance(model.vision_encoder, SiglipVisionModel)
+        assert isinstance(model.model.vision_encoder, SiglipVisionModel)
         theirs = encoder.vision_model.state_dict()
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.vision_encoder.state_dict().items())
+        assert all(
+            torch.equal(tensor, theirs[name]) for name, tensor in model.model.vision_encoder.state_dict().items()
+        )
 
     def test_it_trains_grows_and_is_saved(self, folders, tmp_path):
         _, language_model, names = folders("siglip", "llama", torch.bfloat16)
@@ -234,12 +239,12 @@ class TestFromBackbones:
             **names, image_token_id=VOCAB, vocab_size=VOCAB + 1, connector_config=CONNECTOR, output_bias=True
         )
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-        assert model.config.text_config.vocab_size == model.language_model.config.vocab_size == VOCAB + 1
+        assert model.config.text_config.vocab_size == model.model.language_model.config.vocab_size == VOCAB + 1
         assert torch.equal(model.get_input_embeddings().weight[:VOCAB], language_model.get_input_embeddings().weight)
-        assert 0.1 < model.connector.latents.float().std() < 3, "latents are drawn, not left empty"
+        assert 0.1 < model.model.connector.latents.float().std() < 3, "latents are drawn, not left empty"
         ids = torch.where(IDS == IMAGE, VOCAB, IDS)
         model(input_ids=ids, pixel_values=pictures(3), labels=LABELS, prompt_block_ids=BLOCKS).loss.backward()
-        assert model.connector.projection.weight.grad.isfinite().all()
+        assert model.model.connector.projection.weight.grad.isfinite().all()
         model.save_pretrained(tmp_path / "joined")
         again = AkiForConditionalGeneration.from_pretrained(tmp_path / "joined")
         assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())

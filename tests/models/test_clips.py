@@ -81,7 +81,7 @@ def parts(make_processor, make_model, tokenizer):
             audio_token_id=processor.audio_token_id,
         )
         model.resize_token_embeddings(len(own))
-        enlarge(model.language_model.get_input_embeddings())
+        enlarge(model.model.language_model.get_input_embeddings())
         return processor, model
 
     return make
@@ -229,7 +229,7 @@ class TestModel:
         trainer.compute_loss(model, batch).backward()
         learned = ["video_encoder", "video_connector", "audio_encoder", "audio_connector", "connector"]
         for name in learned:
-            gradients = [p.grad for p in model.get_submodule(name).parameters() if p.grad is not None]
+            gradients = [p.grad for p in model.model.get_submodule(name).parameters() if p.grad is not None]
             assert gradients, name
             assert all(gradient.isfinite().all() for gradient in gradients), name
             assert any(gradient.abs().max() > 0 for gradient in gradients), name

@@ -110,7 +110,7 @@ class TestExactness:
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.bfloat16)
         save_file(tensors, source / "model.safetensors")
         convert(source, tmp_path / "out")
-        found = load_file(tmp_path / "out" / "model.safetensors")["language_model.model.embed_tokens.weight"]
+        found = load_file(tmp_path / "out" / "model.safetensors")["model.language_model.embed_tokens.weight"]
         added = tensors[f"{name}.additional_embedding.weight"]
         assert torch.equal(found[-len(added) :], added)
         assert torch.equal(found[: -len(added)], tensors[f"{name}.weight"].float()[: META["initial_tokenizer_len"]])

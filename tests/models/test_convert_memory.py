@@ -103,7 +103,7 @@ def test_memory_stays_under_that_of_the_largest_shard(folder):
     first, added = (
         list(numbers).index(f"lang_model.lm_head.{name}") % 100 for name in ("weight", "additional_fc.weight")
     )
-    name = "language_model.lm_head.weight"
+    name = "lm_head.weight"
     with safe_open(folder / "out" / weight_map[name], "pt") as file:
         head = file.get_tensor(name)
     assert head.shape == (ORIGINAL + 2, SIZES["hidden_size"])

@@ -1,13 +1,22 @@
 """Every rule in a whole model: against a stock language model that is given the oracle's mask and positions."""
 
-import copy
-
 import oracle
 import pytest
 import torch
-from model_builders import IMAGE, PAD, TEXT, assert_same, enlarge, pad, pictures, tiny_model, tokens
+from model_builders import (
+    IMAGE,
+    PAD,
+    TEXT,
+    assert_same,
+    enlarge,
+    pad,
+    pictures,
+    stock_language_model,
+    tiny_model,
+    tokens,
+)
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from aki import AkiConfig, AkiForConditionalGeneration
 from aki.layout import grid_rings
@@ -72,9 +81,7 @@ def stock(model: AkiForConditionalGeneration, rule: str, inputs: dict, sequences
     attention = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
     blocks = torch.nn.functional.pad(inputs["prompt_block_ids"], (0, new), value=-1)
     rows = [described(*row) for row in zip(context.tolist(), attention.tolist(), blocks.tolist(), strict=True)]
-    config = copy.deepcopy(model.config.text_config)
-    language_model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    language_model.load_state_dict(model.language_model.state_dict())
+    config, language_model = model.config.text_config, stock_language_model(model, "sdpa")
     seen = oracle.masks(rule, rows)[:, None] | torch.eye(context.shape[1], dtype=torch.bool)
     index = torch.arange(context.shape[1])
     window = getattr(config, "sliding_window", None) if getattr(config, "layer_types", None) else None
@@ -84,7 +91,9 @@ def stock(model: AkiForConditionalGeneration, rule: str, inputs: dict, sequences
     positions = torch.tensor([oracle.ring_positions(row) for row in rows]) if rule == "concentric" else plain
     with torch.no_grad():
         embeds = model.get_input_embeddings()(context)
-        embeds = embeds.masked_scatter((context == IMAGE)[..., None], model.get_image_features(inputs["pixel_values"]))
+        embeds = embeds.masked_scatter(
+            (context == IMAGE)[..., None], model.get_image_features(inputs["pixel_values"]).pooler_output
+        )
         logits = language_model(inputs_embeds=embeds, attention_mask=masks, position_ids=positions).logits
     return logits[:, start - 1 :]
 
@@ -190,11 +199,72 @@ class TestOwnPositions:
         assert torch.equal(layout.ring[0], grid_rings(3, 5))
 
 
-def test_prefix_opens_text_alone_and_needs_to_know_what_it_is(model):
+def test_prefix_opens_text_alone(model):
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         prefix, causal = (model(ids, attention_rule=rule).logits for rule in ("prefix", "causal"))
         assert (prefix - causal).abs()[0, 0].max() > 1e-2
         assert_same(prefix[:, -1], model(ids, attention_rule="prefix", use_cache=False).logits[:, -1])
-        with pytest.raises(ValueError, match="pass input_ids"):
-            model(inputs_embeds=model.get_input_embeddings()(ids), attention_rule="prefix")
+        embeds = model.get_input_embeddings()(ids)
+        assert torch.equal(model(inputs_embeds=embeds, attention_rule="prefix").logits, prefix)
+
+
+class TestPieces:
+    """A rule that numbers tokens or opens text, on a part of the prompt."""
+
+    def test_a_prefill_in_pieces_is_refused(self, model):
+        inputs = prompts()
+        for rule in ("concentric", "prefix", "mma"):
+            with pytest.raises(
+                ValueError, match=rf"the rule '{rule}' needs the prompt whole, and prefill_chunk_size=3"
+            ):
+                model.generate(**inputs, attention_rule=rule, max_new_tokens=2, prefill_chunk_size=3)
+
+    @pytest.mark.parametrize("rule", ["causal", "mma", "concentric"])
+    def test_text_in_pieces_is_the_whole_where_nothing_opens(self, model, rule):
+        ids = torch.tensor([[5, 6, 7, 8, 9]])
+        how = {"attention_rule": rule, "max_new_tokens": 3, "min_new_tokens": 3}
+        if rule == "concentric":
+            with pytest.raises(ValueError, match="prefill_chunk_size=2 cuts it into pieces"):
+                model.generate(ids, **how, prefill_chunk_size=2)
+            return
+        assert torch.equal(model.generate(ids, **how, prefill_chunk_size=2), model.generate(ids, **how))
+
+    @pytest.mark.parametrize("rule", ["concentric", "prefix"])
+    def test_new_ids_alone_behind_a_cache_are_refused(self, model, rule):
+        ids = torch.tensor([PROMPTS[2]])
+        with torch.no_grad():
+            cache = model(ids, IMAGES[:1], attention_rule=rule, use_cache=True).past_key_values
+        mask = torch.ones(1, ids.shape[1] + 3, dtype=torch.long)
+        with pytest.raises(ValueError, match=rf"the rule '{rule}' needs all tokens, .* none are given"):
+            model.generate(
+                torch.tensor([[7, 8, 9]]),
+                attention_mask=mask,
+                past_key_values=cache,
+                attention_rule=rule,
+                max_new_tokens=2,
+            )
+
+    def test_prefix_is_refused_where_the_cache_ends_within_a_prompt(self, model):
+        ids = torch.tensor([PROMPTS[2]])
+        more = torch.tensor([[7, 8]])
+        blocks = torch.zeros(1, ids.shape[1] + 2, dtype=torch.long)
+        with torch.no_grad():
+            first = model(ids, IMAGES[:1], attention_rule="prefix", use_cache=True)
+
+            def continued(blocks):
+                return model(
+                    more, past_key_values=first.past_key_values, prompt_block_ids=blocks, attention_rule="prefix"
+                )
+
+            for given in (None, blocks[:, -2:]):
+                with pytest.raises(ValueError, match="pass the prompt_block_ids of all tokens so far"):
+                    continued(given)
+            with pytest.raises(ValueError, match="the cache ends in the middle of one"):
+                continued(blocks)
+            blocks[:, -2:] = 1
+            found = continued(blocks).logits
+            whole = model(
+                torch.cat([ids, more], 1), IMAGES[:1], prompt_block_ids=blocks, attention_rule="prefix"
+            ).logits
+        assert_same(found, whole[:, -2:])

@@ -70,7 +70,7 @@ def test_weights_are_those_of_the_layers(make_model, processor, picture):
     """Llama's softmax(q k / sqrt(d)), computed by hand from what the first layer is given."""
     model = make_model()
     inputs = inputs_of(processor, picture())
-    layer = model.language_model.model.layers[0].self_attn
+    layer = model.model.language_model.layers[0].self_attn
     given = {}
     layer.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
     weights = attention_weights(model, inputs)[0]
@@ -171,7 +171,7 @@ def test_maps_go_through_the_connector(make_model, make_processor, picture):
     plain = model.explain(picture(), QUESTION, processor=processor, max_new_tokens=2)
     np.testing.assert_array_equal(plain.media_to_patches.reshape(4, 4), np.eye(4))
     np.testing.assert_allclose(plain.question_maps.reshape(2, 6, 4), plain.media_to_question)
-    model.connector = Shuffled(model.connector)
+    model.model.connector = Shuffled(model.model.connector)
     shuffled = model.explain(picture(), QUESTION, processor=processor, max_new_tokens=2)
     flat = plain.media_to_question
     np.testing.assert_allclose(shuffled.question_maps.reshape(2, 6, 4), 0.75 * flat[..., ::-1] + 0.25 * flat, rtol=1e-5)
@@ -180,7 +180,7 @@ def test_maps_go_through_the_connector(make_model, make_processor, picture):
 def test_latents_that_copy_one_patch_show_that_patch():
     """Keys that are the features themselves and queries that fit one each: the weights are known."""
     model = tiny_model()
-    resampler, width = model.connector, model.config.vision_config.hidden_size
+    resampler, width = model.model.connector, model.config.vision_config.hidden_size
     features = 40 * torch.eye(4, width)[None]
     for layer in resampler.layers:
         attention = next(layer.children())
@@ -206,7 +206,7 @@ def test_latents_that_copy_one_patch_show_that_patch():
 def test_weights_of_the_resampler_give_its_output():
     """Attention by its own weights is the attention that it computes."""
     model = tiny_model()
-    attention = next(model.connector.layers[0].children())
+    attention = next(model.model.connector.layers[0].children())
     features, latents = torch.randn(2, 4, 16), torch.randn(2, 3, 16)
     with torch.no_grad():
         one_head = copy.deepcopy(attention)
@@ -215,7 +215,7 @@ def test_weights_of_the_resampler_give_its_output():
         values = one_head.to_kv(both).chunk(2, -1)[1]
         by_hand = one_head.to_out(one_head.weights(features, latents) @ values)
         torch.testing.assert_close(by_hand, one_head(features, latents), atol=1e-4, rtol=1e-4)
-        rows = model.connector.feature_weights(features).sum(-1)
+        rows = model.model.connector.feature_weights(features).sum(-1)
     torch.testing.assert_close(rows, torch.ones(2, PER_IMAGE))
 
 
@@ -246,7 +246,7 @@ def test_wrong_inputs_are_sentences(make_model, processor, picture, tmp_path):
 
 def test_a_failure_puts_everything_back(make_model, processor, picture):
     model = make_model()
-    handle = model.language_model.register_forward_pre_hook(lambda *_: 1 / 0)
+    handle = model.model.language_model.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), ruled(model, processor, "causal"):
         attention_weights(model, inputs_of(processor, picture()))
     handle.remove()

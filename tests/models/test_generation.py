@@ -13,13 +13,14 @@ from model_builders import (
     assistant,
     pad,
     pictures,
+    stock_language_model,
     stock_logits,
     tiny_model,
     tokens,
     user,
 )
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, Phi3Config, StaticCache
+from transformers import DynamicCache, LlamaModel, Phi3Config, StaticCache
 
 STEPS = 8
 PROMPTS = [
@@ -308,8 +309,8 @@ class TestModes:
 
     def test_text_alone_is_the_language_model(self):
         model, ids = tiny_model(), torch.tensor([PROMPTS[1]])
-        assert isinstance(model.language_model, LlamaForCausalLM)
-        wanted = model.language_model.generate(input_ids=ids, max_new_tokens=STEPS, suppress_tokens=[IMAGE])
+        assert isinstance(model.model.language_model, LlamaModel)
+        wanted = stock_language_model(model).generate(input_ids=ids, max_new_tokens=STEPS, suppress_tokens=[IMAGE])
         assert torch.equal(model.generate(ids, max_new_tokens=STEPS), wanted)
 
     def test_it_stops_at_the_end_of_the_answer(self):

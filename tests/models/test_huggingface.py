@@ -85,7 +85,12 @@ class TestFolders:
         assert loaded.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
 
     def test_a_language_model_on_disk(self, folder, model, inputs, tmp_path):
-        where = {"vision_encoder": "cpu", "connector": "cpu", "language_model": "disk"}
+        where = {
+            "model.vision_encoder": "cpu",
+            "model.connector": "cpu",
+            "model.language_model": "disk",
+            "lm_head": "disk",
+        }
         loaded = AutoModelForImageTextToText.from_pretrained(folder, device_map=where, offload_folder=tmp_path / "off")
         with torch.no_grad():
             assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
@@ -105,20 +110,20 @@ class TestFolders:
 
     def test_attention_implementations_are_set_without_complaint(self, folder, caplog):
         loaded = AkiForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
-        assert loaded.language_model.config._attn_implementation == "eager"
+        assert loaded.model.language_model.config._attn_implementation == "eager"
         with caplog.at_level("WARNING", logger="transformers"):
             loaded.set_attn_implementation("sdpa")
             loaded.set_attn_implementation({"text_config": "eager"})
         assert not caplog.records
-        assert loaded.language_model.config._attn_implementation == "eager"
-        assert loaded.vision_encoder.config._attn_implementation == "sdpa"
+        assert loaded.model.language_model.config._attn_implementation == "eager"
+        assert loaded.model.vision_encoder.config._attn_implementation == "sdpa"
 
 
 class TestBrokenCheckpoints:
     """transformers only warns about missing weights, and leaves them random."""
 
     @pytest.mark.parametrize(
-        "names", [["connector.latents"], ["vision_encoder.post_layernorm.bias", "language_model.lm_head.weight"]]
+        "names", [["model.connector.latents"], ["model.vision_encoder.post_layernorm.bias", "lm_head.weight"]]
     )
     def test_missing_weights(self, folder, names):
         state = load_file(folder / "model.safetensors")
@@ -131,7 +136,9 @@ class TestBrokenCheckpoints:
             assert all(name in str(caught.value) for name in names)
 
     def test_many_missing_weights_are_counted(self, folder):
-        state = {n: t for n, t in load_file(folder / "model.safetensors").items() if n.startswith("language_model")}
+        state = {
+            n: t for n, t in load_file(folder / "model.safetensors").items() if n.startswith("model.language_model")
+        }
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=r"lacks \d+ of the weights .* and \d+ more\.$"):
             AkiForConditionalGeneration.from_pretrained(folder)
@@ -139,7 +146,7 @@ class TestBrokenCheckpoints:
     def test_tied_weights_are_not_missing(self, make_model, tmp_path):
         model = make_model("gemma2")
         model.save_pretrained(tmp_path)
-        assert "language_model.lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+        assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
         _, info = AkiForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(info.values())
 
@@ -226,9 +233,9 @@ class TestTraining:
         trainer = self.train(model, processor, tmp_path, picture, max_steps=2, per_device_train_batch_size=2)
         assert all(torch.tensor(entry["loss"]).isfinite() for entry in trainer.state.log_history if "loss" in entry)
         for part in (
-            "vision_encoder.embeddings.patch_embedding.weight",
-            "connector.latents",
-            "language_model.lm_head.weight",
+            "model.vision_encoder.embeddings.patch_embedding.weight",
+            "model.connector.latents",
+            "lm_head.weight",
         ):
             assert not torch.equal(before[part], model.state_dict()[part])
         trainer.save_model(str(tmp_path / "saved"))
@@ -253,7 +260,7 @@ class TestTraining:
             self.train(model, processor, tmp_path, picture, **options)
             trained.append(model.state_dict())
         whole, parts = trained
-        assert not torch.equal(whole["connector.latents"], make_model().state_dict()["connector.latents"])
+        assert not torch.equal(whole["model.connector.latents"], make_model().state_dict()["model.connector.latents"])
         for name, tensor in whole.items():
             torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
@@ -272,14 +279,14 @@ class TestTraining:
             torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
 
     def test_frozen_parts_get_no_gradient(self, model, batch):
-        model.train().vision_encoder.requires_grad_(False)
+        model.train().model.vision_encoder.requires_grad_(False)
         model(**batch).loss.backward()
-        trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
-        assert trained == {"connector", "language_model"}
+        trained = {n.removeprefix("model.").split(".")[0] for n, p in model.named_parameters() if p.grad is not None}
+        assert trained == {"connector", "language_model", "lm_head"}
 
 
 class TestAdapters:
-    LORA = LoraConfig(r=2, target_modules=r"language_model\..*\.(q_proj|v_proj)", task_type="CAUSAL_LM")
+    LORA = LoraConfig(r=2, target_modules=r".*language_model\..*\.(q_proj|v_proj)", task_type="CAUSAL_LM")
 
     def test_lora(self, folder, batch, inputs, tmp_path):
         base = AkiForConditionalGeneration.from_pretrained(folder)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageSequence
 
 from aki.models import images
 from aki.models.images import ImageError, open_image
@@ -142,8 +142,18 @@ class TestModes:
         assert (pixels(source) == [255, 0, 0]).all()
         image = Image.open(io.BytesIO(source))
         assert image.n_frames == 3
-        image.seek(2)
-        assert (pixels(image) == [255, 0, 0]).all()
+
+    @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+    def test_21_the_frame_that_the_caller_chose(self, kind):
+        """Issue 12, entry 21: it stays that frame, and the caller's image stands where it stood."""
+        frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+        options = {"lossless": True} if kind == "WEBP" else {}
+        image = Image.open(io.BytesIO(saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)))
+        opened = [open_image(frame) for frame in ImageSequence.Iterator(image)]
+        assert [frame.getpixel((0, 0)) for frame in opened] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+        image.seek(1)
+        assert (pixels(image) == [0, 255, 0]).all()
+        assert image.tell() == 1
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -172,6 +182,41 @@ class TestModes:
         exif[0x0112] = 6
         source = saved(Image.fromarray(np.ascontiguousarray(np.rot90(values, 1))), "PNG", exif=exif)
         assert (pixels(source) == grey(RAMP[:, :5])).all()
+
+    @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+    def test_21_metadata_that_cannot_be_read_is_no_broken_picture(self, kind):
+        """Issue 12, entry 21: EXIF that is rubbish, and an orientation that is none."""
+        flat = Image.new("RGB", (8, 4), (200, 100, 50))
+        sideways = Image.Exif()
+        sideways[0x0112] = 99
+        options = {"lossless": True} if kind == "WEBP" else {}
+        for exif in (b"rubbish" * 9, b"Exif\0\0II*\0" + b"\xff" * 40, b"Exif\0\0", sideways):
+            source = saved(flat, kind, exif=exif, **options)
+            assert (abs(pixels(source).astype(int) - np.asarray(flat)) < 4).all()
+            assert pixels(source).shape == (4, 8, 3)
+            assert open_image(Image.open(io.BytesIO(source))).size == (8, 4)
+
+    @pytest.mark.parametrize("place", [33, -12], ids=["before the pixels", "after them"])
+    def test_21_png_chunks_that_no_pixel_needs(self, tmp_path, place):
+        """Issue 12, entry 21: a viewer passes over what it cannot read of them, and over wrong checksums."""
+        large = b"a\0\0" + zlib.compress(bytes(70_000_000))
+        extras = [(b"eXIf", b"x"), (b"tEXt", b"\xff"), (b"zTXt", b"a\0\7x"), (b"zTXt", large), (b"iCCP", b"x" * 9)]
+        for name, data in [*extras, (b"pHYs", b"x"), (b"sRGB", b""), (b"gAMA", b"x"), (b"own ", b"x")]:
+            for extra in (chunk(name, data), chunk(name, data)[:-1] + b"?"):
+                source = PNG[:place] + extra + PNG[place:]
+                (tmp_path / "a.png").write_bytes(source)
+                assert (pixels(source) == np.asarray(COLOURED)).all()
+                assert (pixels(tmp_path / "a.png") == np.asarray(COLOURED)).all()
+
+    def test_21_what_is_kept_of_a_png_whose_metadata_is_broken(self):
+        """Issue 12, entry 21: its transparency and its orientation."""
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image = Image.new("RGB", (2, 1), "red")
+        image.putpixel((1, 0), (9, 9, 9))
+        source = saved(image, "PNG", exif=exif, transparency=(9, 9, 9))
+        broken = source[:33] + chunk(b"zTXt", b"a\0\7x") + source[33:]
+        assert pixels(broken).tolist() == pixels(source).tolist() == [[[255, 0, 0]], [[255, 255, 255]]]
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -214,6 +259,16 @@ class TestRefused:
     def test_not_a_picture(self, file):
         self.refused(file(b"Once upon a time"), "the picture", "is not a picture")
         self.refused(b"Once upon a time", "the bytes given is not a picture")
+
+    @pytest.mark.parametrize("name", ["a.jpg", "a.eps", "a"])
+    def test_22_postscript_starts_no_ghostscript(self, tmp_path, monkeypatch, name):
+        """Issue 12, entry 22: formats are those that are named, whatever the file is called."""
+        monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("it was started"))
+        content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+        (tmp_path / name).write_bytes(content)
+        self.refused(tmp_path / name, name, "is not a picture (JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, JPEG2000)")
+        self.refused(content, "is not a picture")
+        self.refused(f"data:image/jpeg;base64,{base64.b64encode(content).decode()}", "is not a picture")
 
     def test_zero_bytes(self, file):
         self.refused(file(b""), "the picture", "is not a picture")

@@ -5,8 +5,8 @@ import copy
 import oracle
 import pytest
 import torch
-from model_builders import IMAGE, PAD, PER_IMAGE, VISION, assert_same, pad, pictures, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM, VoxtralEncoderConfig, Wav2Vec2Config, WhisperConfig
+from model_builders import IMAGE, PAD, PER_IMAGE, VISION, assert_same, pad, pictures, stock_language_model, tiny_model
+from transformers import AutoModel, VoxtralEncoderConfig, Wav2Vec2Config, WhisperConfig
 
 from aki import AkiConfig, AkiForConditionalGeneration
 
@@ -103,11 +103,11 @@ def stock_logits(model, ids, known, inputs) -> torch.Tensor:
     with torch.no_grad():
         for name, values in inputs.items():
             kind = {"pixel_values": "vision", "pixel_values_videos": "video", "input_features": "audio"}[name]
-            own = getattr(model, f"{kind}_encoder")
+            own = getattr(model.model, f"{kind}_encoder")
             encoder = AutoModel.from_config(copy.deepcopy(own.config)).eval()
             encoder = encoder.get_encoder() if own.config.model_type == "whisper" else encoder
             encoder.load_state_dict(own.state_dict())
-            connector = model.connector if kind == "vision" else getattr(model, f"{kind}_connector")
+            connector = model.model.connector if kind == "vision" else getattr(model.model, f"{kind}_connector")
             singles = values.flatten(0, 1) if kind == "video" else values
             found = []
             for single in singles:
@@ -115,8 +115,7 @@ def stock_logits(model, ids, known, inputs) -> torch.Tensor:
                 # CLIP's class token.
                 found += list(connector(patches[:, 1:] if kind == "video" else patches)[0])
             features[{"vision": IMAGE, "video": VIDEO, "audio": AUDIO}[kind]] = iter(found)
-        language_model = AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config)).eval()
-        language_model.load_state_dict(model.language_model.state_dict())
+        language_model = stock_language_model(model)
         embeds = language_model.get_input_embeddings()(ids).clone()
         for b, row in enumerate(ids.tolist()):
             for position, token in enumerate(row):
@@ -205,7 +204,10 @@ def test_a_second_turn_on_the_cache_encodes_what_is_new_alone():
     def hook(_, args):
         encoded.append(args[0].shape[0])
 
-    with model.audio_encoder.register_forward_pre_hook(hook), model.video_encoder.register_forward_pre_hook(hook):
+    with (
+        model.model.audio_encoder.register_forward_pre_hook(hook),
+        model.model.video_encoder.register_forward_pre_hook(hook),
+    ):
         cached = model.generate(**second, **how, past_key_values=answered.past_key_values)
     assert encoded == [1]
     assert torch.equal(cached.sequences, uncached.sequences)
@@ -240,14 +242,14 @@ def test_every_encoder_and_connector_learns():
     labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
     model(**inputs, **INPUTS, labels=labels).loss.backward()
     for part in PARTS:
-        gradients = [p.grad for p in model.get_submodule(part).parameters() if p.grad is not None]
+        gradients = [p.grad for p in model.parts[part].parameters() if p.grad is not None]
         assert all(g.isfinite().all() for g in gradients)
         assert any(g.abs().max() > 0 for g in gradients), part
 
 
 def test_images_alone_are_configured_as_before():
     model = tiny_model()
-    assert {name.split(".")[0] for name in model.state_dict()} == {"vision_encoder", "connector", "language_model"}
+    assert model.parts.keys() == {"vision_encoder", "connector", "language_model"}
     saved = model.config.to_diff_dict()
     again = AkiConfig.from_dict(saved)
     assert again.video_config is None
@@ -258,11 +260,11 @@ def test_images_alone_are_configured_as_before():
 def test_joined_from_backbones(tmp_path):
     own = omni_model()
     parts = {
-        "vision_encoder": own.vision_encoder,
-        "video_encoder": own.video_encoder,
+        "vision_encoder": own.model.vision_encoder,
+        "video_encoder": own.model.video_encoder,
         # As on the hub: with its decoder.
         "audio_encoder": AutoModel.from_config(WhisperConfig(**WHISPER)),
-        "language_model": own.language_model,
+        "language_model": stock_language_model(own),
     }
     for name, part in parts.items():
         part.save_pretrained(tmp_path / name)
@@ -278,7 +280,8 @@ def test_joined_from_backbones(tmp_path):
     )
     parts["audio_encoder"] = parts["audio_encoder"].get_encoder()
     for name, part in parts.items():
-        found = model.get_submodule(name).state_dict()
+        whole = {"language_model": stock_language_model(model)}.get(name) or model.model.get_submodule(name)
+        found = whole.state_dict()
         assert found.keys() == part.state_dict().keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in part.state_dict().items())
     with torch.no_grad():

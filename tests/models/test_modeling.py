@@ -225,10 +225,6 @@ class TestMismatch:
         with pytest.raises(ValueError, match=rf"0 image\(s\) need 0 placeholders .* found {PER_IMAGE}"):
             tiny_model()(input_ids=torch.tensor([tokens("image", 7)]))
 
-    def test_images_without_input_ids(self):
-        with pytest.raises(ValueError, match="pixel_values need input_ids"):
-            tiny_model()(inputs_embeds=torch.zeros(1, 4, 32), pixel_values=pictures(1))
-
     @pytest.mark.parametrize("both", [True, False])
     def test_input_ids_and_embeds(self, both):
         inputs = {"input_ids": torch.tensor([[5]]), "inputs_embeds": torch.zeros(1, 1, 32)} if both else {}

@@ -277,6 +277,15 @@ class TestText:
         assert (out["input_ids"] == processor.image_token_id).sum(1).tolist() == [0, PER_IMAGE, 2 * PER_IMAGE]
         assert out["pixel_values"].shape[0] == 3
 
+    @pytest.mark.parametrize("images", [[], [[]], [[], []], ([], [])])
+    def test_23_lists_without_images_are_as_no_images(self, processor, images):
+        """Issue 12, entry 23: they gave `pixel_values` of the shape (0,)."""
+        text = ["what", "and what"][: len(images) or 1]
+        out = processor(images=images, text=text, padding=True, return_tensors="pt")
+        assert out.keys() == processor(text=text, padding=True, return_tensors="pt").keys()
+        with pytest.raises(ValueError, match=r"<image> tokens in the (prompts|text)"):
+            processor(images=images, text=["<image> what", *text[1:]])
+
     def test_anything_that_opens(self, processor, picture, tmp_path):
         picture().save(tmp_path / "a.png")
         images = [tmp_path / "a.png", str(tmp_path / "a.png"), np.asarray(picture()), (tmp_path / "a.png").read_bytes()]

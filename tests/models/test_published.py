@@ -35,7 +35,7 @@ def model(request) -> AkiForConditionalGeneration:
 def masks_of(model: AkiForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """What the language model was handed, as (batch, length, length) bool."""
     seen = []
-    hook = model.language_model.register_forward_pre_hook(
+    hook = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
     )
     with hook, torch.no_grad():
@@ -63,7 +63,8 @@ def test_the_reference_masks_show_the_rule(cases):
 def test_image_features_agree(model, cases, name):
     pixels = cases[name]["pixel_values"]
     with torch.no_grad():
-        features, tokens = model.vision_encoder(pixels).last_hidden_state, model.get_image_features(pixels)
+        features, tokens = model.model.vision_encoder(pixels).last_hidden_state, model.get_image_features(pixels)
+    tokens = tokens.pooler_output
     torch.testing.assert_close(features, cases[name]["vision_features"], atol=1e-4, rtol=0)
     torch.testing.assert_close(tokens, cases[name]["vision_tokens"], atol=1e-4, rtol=0)
 

@@ -109,7 +109,7 @@ def sharded_step(rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
     labels = sum(answer for _, answer in SAMPLES)
     if ranks > 1:
         mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,))
-        for layer in model.language_model.model.layers:
+        for layer in model.model.language_model.layers:
             dist.fsdp.fully_shard(layer, mesh=mesh)
         dist.fsdp.fully_shard(model, mesh=mesh)
     loss = model(

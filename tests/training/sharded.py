@@ -20,7 +20,7 @@ dist.init_process_group("gloo")
 recipe = tiny(load_recipe("recipes/aki-4b/sft.yaml"))
 torch.manual_seed(0)
 whole, processor = build_model(recipe, ["what is there?"])
-whole.train().vision_encoder.requires_grad_(False)
+whole.train().model.vision_encoder.requires_grad_(False)
 sharded, mesh = copy.deepcopy(whole), init_device_mesh("cpu", (dist.get_world_size(),))
 names = recipe.fsdp["transformer_layer_cls_to_wrap"]
 wrapped = [module for module in sharded.modules() if type(module).__name__ in names]

@@ -60,11 +60,11 @@ def test_the_pretrained_run_is_what_sft_starts_from(pretrained, sft):
     before, after = (AkiForConditionalGeneration.from_pretrained(folder) for folder in (pretrained, sft))
     assert (before.config.attention_rule, after.config.attention_rule) == ("causal", "mma")
     moved = {
-        name.split(".")[0]
+        name.removeprefix("model.").split(".")[0]
         for (name, one), two in zip(before.named_parameters(), after.parameters(), strict=True)
         if not torch.equal(one, two)
     }
-    assert moved == {"connector", "language_model"}
+    assert moved == {"connector", "language_model", "lm_head"}
     assert len(result(pretrained)["losses"]) == 4
     assert len(result(sft)["losses"]) == 6
     assert report(pretrained)["drawn"] == 4 * 8

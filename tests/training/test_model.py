@@ -44,10 +44,11 @@ def test_trained_parts_come_whole_and_tokens_are_added_as_the_authors_do(recipe,
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     vision = AutoModel.from_pretrained(tmp_path / "vision").state_dict()
     for name, weight in vision.items():
-        assert torch.equal(model.vision_encoder.state_dict()[name], weight), name
+        assert torch.equal(model.model.vision_encoder.state_dict()[name], weight), name
     text = AutoModelForCausalLM.from_pretrained(tmp_path / "text").state_dict()
     for name, weight in text.items():
-        assert torch.equal(model.language_model.state_dict()[name][: len(weight)], weight.float()), name
+        ours = name if name == "lm_head.weight" else name.replace("model.", "model.language_model.", 1)
+        assert torch.equal(model.state_dict()[ours][: len(weight)], weight.float()), name
     assert processor.image_processor.size == {"height": 56, "width": 56}
     assert processor.image_seq_length == 144
 

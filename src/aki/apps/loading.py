@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers.utils import logging
 
 from aki.attention import unlock as unlock_model
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models.adapters import model_of_adapter
 
 
 def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
@@ -26,6 +30,11 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
     looks_local = local.is_absolute() or str(folder).startswith(".") or len(local.parts) > 2
     if local.is_file() or (looks_local and not local.exists()):
         raise ValueError(f"there is no model folder at {folder}.")
+    with _without_bars(), model_of_adapter(folder):
+        return _loaded(folder, unlock)
+
+
+def _loaded(folder: str | Path, unlock: bool) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found, _ = PreTrainedConfig.get_config_dict(folder)
     kind = found.get("model_type")
@@ -41,3 +50,15 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
     model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, dtype="auto", **closed)
     processor = AutoProcessor.from_pretrained(folder, **closed)
     return unlock_model(model.to(device).eval(), processor), processor
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """An answer for a person or a script is no place for the bars of loading."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

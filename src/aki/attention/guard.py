@@ -1,6 +1,6 @@
 """The leak guard: refuses a batch in which a token is learned from its own future.
 
-Row q is supervised when labels[q + 1] is a label. It leaks when what q sees, directly or through other tokens over any
+Row q is supervised when labels[q + 1] is a label, also where it is padding: what the loss trains decides. It leaks when what q sees, directly or through other tokens over any
 number of layers, reaches past q. With a rule that contains causal attention it does so exactly where the running
 maximum of `far` within the document does: the first step past q is taken from a token at or before q, and q sees all of
 those. So the guard needs no mask and is linear in the batch.
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from aki.attention.rules import Rule
 from aki.layout import IGNORE_INDEX, SequenceLayout
+
+CHOOSE_CAUSAL = "attention_rule='causal'"
+"""How these errors tell a caller to choose the causal rule."""
 
 
 class LeakError(ValueError):
@@ -43,9 +46,8 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
         LeakError: with the row, the rule and the path of the leak.
         NothingOpensError: the rule opens nothing.
     """
-    labels = labels.masked_fill(layout.is_media | layout.is_padding, IGNORE_INDEX)
-    # What padding on the left is taken to predict is no answer.
-    supervised = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)) & ~layout.is_padding
+    labels = labels.masked_fill(layout.is_media, IGNORE_INDEX)
+    supervised = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
     position = torch.arange(labels.shape[1], device=labels.device)
     ahead = reach(rule, layout) > position
     leaks = ahead & supervised
@@ -55,7 +57,7 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
     if beyond_causal and layout.is_media.any() and supervised.any() and not ahead.any():
         raise NothingOpensError(
             f"the rule {rule.name!r} opens nothing in this batch: no picture has prompt text that it could see, "
-            "because every text token after it is a label. On captions train with attention_rule='causal' (as the "
+            f"because every text token after it is a label. On captions train with {CHOOSE_CAUSAL} (as the "
             "paper does in pre-training); on questions, label the answers only."
         )
 
@@ -70,5 +72,5 @@ def _leak_message(rule: Rule, layout: SequenceLayout, leaks: Tensor) -> str:
         f"the rule {rule.name!r} leaks in row {row}: position {q} is trained to predict token {q + 1}, but it sees the "
         f"{kind} at {through}, which sees up to token {seen}. A prompt block must end with the token that starts the "
         f"answer (here block {int(layout.prompt_block[row, through])} runs into the labels): "
-        "check prompt_block_ids, or train with attention_rule='causal'."
+        f"check prompt_block_ids, or train with {CHOOSE_CAUSAL}."
     )

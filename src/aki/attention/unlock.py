@@ -22,6 +22,7 @@ from aki.attention.guard import NothingOpensError, check_no_leak
 from aki.attention.prompts import AnswerMarks
 from aki.attention.rules import Rule, get_rule
 from aki.attention.scopes import scope_token_ids
+from aki.compat import given_cache
 from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN, SequenceLayout, build_layout
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ class _Unlocked:
             return None
         if ids.shape[1] == 1 or not (self.rule.opens_text or self.has_media(ids)):
             return None
-        labels, cache = inputs.get("labels"), inputs.get("past_key_values")
+        labels, cache = inputs.get("labels"), given_cache(inputs)
         seen = 0 if cache is None else int(cache.get_seq_length())
         attention_mask = _padding(inputs.get("attention_mask"), ids.shape[1], seen)
         if blocks is None and labels is None:
@@ -238,7 +239,7 @@ class _Unlocked:
             module.config,
             embeds,
             kwargs.get("attention_mask"),
-            kwargs.get("past_key_values"),
+            given_cache(kwargs),
             _text_positions(kwargs.get("position_ids")),
         )
         return args, kwargs

@@ -59,6 +59,9 @@ class Train:
         recipe.stage(self.stage)
         return (self.stage,)
 
+    def _start(self, recipe: Recipe) -> Path | None:
+        return self.start_from or (Path(recipe.start_from) if recipe.start_from else None)
+
     def _processes(self, recipe: Recipe) -> int:
         if _launched():
             return int(os.environ["WORLD_SIZE"])
@@ -73,7 +76,12 @@ class Train:
 
     def _print_estimates(self, recipe: Recipe, processes: int) -> None:
         from aki.training.estimate import describe, estimate
+        from aki.training.start import check_start
 
+        start = self._start(recipe)
+        # A stage may be planned before the one that it starts from has run.
+        if start is not None and start.exists():
+            check_start(recipe, start)
         for name in self._stages(recipe):
             stage = recipe.stage(name)
             print(describe(name, stage, estimate(recipe, stage, processes)))
@@ -82,7 +90,7 @@ class Train:
         from aki.training.stages import Job, run_stage
 
         output = self.output or Path("runs") / recipe.name
-        start_from = self.start_from or (Path(recipe.start_from) if recipe.start_from else None)
+        start_from = self._start(recipe)
         names = self._stages(recipe)
         says = self.progress == "bar" and int(os.environ.get("RANK", 0)) == 0
         for name in names:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from aki.data.collate import ChatCollator
 from aki.data.mixture import ATTEMPTS, GaveUp
-from aki.data.packing import PackedCollator, Row, pack
+from aki.data.packing import PackedCollator, Row, items_of, pack, split_rows
 from aki.data.report import DataReport, TooManyBadSamples
 from aki.data.schema import Sample
 
@@ -44,12 +43,14 @@ class Chunk(NamedTuple):
 
     Attributes:
         batch: the rows as one batch; None where reading gave up.
-        images: pictures of each row.
+        rows: how many.
+        items: of each kind of media in the batch, how many each row has.
         place: where its worker stands after it, for samples whose place their number does not tell.
     """
 
     batch: Row | None
-    images: list[int]
+    rows: int
+    items: dict[str, list[int]]
     report: DataReport
     place: Any
 
@@ -110,12 +111,11 @@ class Feed(IterableDataset):
         try:
             taken = self.samples.take(number, (self.rank, self.ranks), size, use, report)
         except GaveUp:
-            return Chunk(None, [], report, None)
+            return Chunk(None, 0, {}, report, None)
         rows = [row for in_order in zip(*taken, strict=True) for row in in_order]
         if self.row_tokens is not None:
             rows = pack(rows, self.row_tokens)
-        images = [len(row["pixel_values"]) if "pixel_values" in row else 0 for row in rows]
-        return Chunk(self.batch(rows), images, report, self.samples.place)
+        return Chunk(self.batch(rows), len(rows), items_of(rows), report, self.samples.place)
 
     def batch(self, rows: list[Row]) -> Row:
         return PackedCollator(self.collators[0].processor.tokenizer.pad_token_id)(rows)
@@ -186,10 +186,4 @@ class Loader:
             raise TooManyBadSamples(f"{ATTEMPTS} samples in a row could not be used. {chunk.report.summary()}.")
         if self.feed.row_tokens is None:
             return [chunk.batch]
-        pictures = iter(chunk.batch.pop("pixel_values", torch.empty(0)).split(chunk.images))
-        rows: list[Row] = []
-        for number, images in enumerate(chunk.images):
-            row = {name: tensor[number : number + 1] for name, tensor in chunk.batch.items()}
-            own = next(pictures)
-            rows.append(row | {"pixel_values": own} if images else row)
-        return rows
+        return list(split_rows(chunk.batch, chunk.rows, chunk.items))

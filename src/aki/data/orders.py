@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from aki.data.packing import PackedCollator, Row
 from aki.data.schema import Sample
 from aki.models.processing import AkiProcessor
-from aki.models.templates import text_first
+from aki.models.templates import echo, text_first
 
-ORDERS = {"image_first": ("image_first",), "text_first": ("text_first",), "both": ("image_first", "text_first")}
-"""A stage's order -> the orders in which each sample is trained. `image_first` is the order in which data comes."""
+ORDERS = {
+    "image_first": ("image_first",),
+    "text_first": ("text_first",),
+    "echo": ("echo",),
+    "both": ("image_first", "text_first"),
+}
+"""A stage's order -> the orders in which each sample is trained. `image_first` is the order in which data comes; `echo`
+asks twice, before the picture and after it, so that a picture sees the question under a causal mask too."""
+_TEMPLATES = {"text_first": text_first, "echo": echo}
 
 
 def template_in_order(processor: AkiProcessor, name: str | None, order: str) -> str | None:
@@ -19,7 +26,7 @@ def template_in_order(processor: AkiProcessor, name: str | None, order: str) -> 
     if order == "image_first":
         return name
     templates = processor.chat_template
-    return text_first(templates[name or "default"] if isinstance(templates, dict) else templates)
+    return _TEMPLATES[order](templates[name or "default"] if isinstance(templates, dict) else templates)
 
 
 @dataclass

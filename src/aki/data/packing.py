@@ -6,7 +6,7 @@ what is left of a row is one more document, of which nothing is learned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -21,6 +21,7 @@ Row = dict[str, Tensor]
 """A sample or several as model inputs, (1, tokens) each; of media (pixel_values and their like) an entry an item."""
 
 TOKEN_INPUTS = ("input_ids", "prompt_block_ids", "labels")
+_BY_TOKEN = (*TOKEN_INPUTS, "attention_mask", "position_ids")
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -61,9 +62,26 @@ def join(samples: Sequence[Row]) -> Row:
 
 def _media_of(rows: Sequence[Row]) -> Row:
     """The items of all rows in order, of each kind that any row has."""
-    others = (*TOKEN_INPUTS, "attention_mask", "position_ids")
-    items = [(name, values) for row in rows for name, values in row.items() if name not in others]
+    items = [(name, values) for row in rows for name, values in row.items() if name not in _BY_TOKEN]
     return {kind: torch.cat([values for name, values in items if name == kind]) for kind, _ in items}
+
+
+def items_of(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Of each kind of media that any row has, how many items each of them has."""
+    kinds = sorted({name for row in rows for name in row if name not in _BY_TOKEN})
+    return {kind: [len(row[kind]) if kind in row else 0 for row in rows] for kind in kinds}
+
+
+def split_rows(batch: Row, rows: int, items: Mapping[str, Sequence[int]]) -> Iterator[Row]:
+    """A batch of rows, each again with its own media.
+
+    Args:
+        items: `items_of` the rows.
+    """
+    media = {kind: batch[kind].split(list(counts)) for kind, counts in items.items()}
+    for number in range(rows):
+        row = {name: values[number : number + 1] for name, values in batch.items() if name in _BY_TOKEN}
+        yield row | {kind: parts[number] for kind, parts in media.items() if len(parts[number])}
 
 
 @dataclass

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from aki.files import write_json
 
 MIN_DRAWN = 1000
 """The share is judged as if at least so many samples had been drawn: one bad one in ten is no verdict."""
@@ -175,6 +175,4 @@ class DataReport:
 
     def write(self, path: Path) -> None:
         """Write all of `data_report.json` or nothing of it."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
+        write_json(path, self.to_dict())

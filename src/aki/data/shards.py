@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,20 +12,19 @@ from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 import numpy as np
-import webdataset
 from webdataset.shardlists import expand_urls
 
 from aki.data.mixture import ATTEMPTS, GaveUp, try_sample
 from aki.data.report import BadSample, DataReport, Reason
 from aki.data.schema import Sample, assistant, user
+from aki.data.tars import CAPTION, PICTURES, Member, members
 
-PICTURES = ("jpg", "png", "jpeg")
 BLOCK = 256
 """Samples of a shard that are shuffled among each other, undecoded."""
+PIPES = "AKI_ALLOW_PIPES"
+"""Set to 1 in the environment, shards may be what a shell command prints."""
 
 Used = TypeVar("Used")
-Member = dict[str, Any]
-"""A sample's files by their extensions, with its `__key__` and `__url__`."""
 
 
 class ShardError(ValueError):
@@ -61,12 +61,14 @@ class ShardSet:
         Raises:
             BadSample: no picture, no caption, or one that is written in another way.
         """
-        key = f"{member['__url__'].rsplit('/', 1)[-1]}/{member['__key__']}"
-        picture = next((member[name] for name in PICTURES if name in member), None)
-        if picture is None:
+        key = f"{member.url.rsplit('/', 1)[-1]}/{member.key}"
+        name = next((name for name in PICTURES if name in member.files), None)
+        if name is None:
             raise BadSample(Reason.MISSING_IMAGE, f"it has no {', '.join(PICTURES)}.", self.name, key)
+        picture, text = (self._content(member, part, key) for part in (name, CAPTION))
         try:
-            caption = CAPTIONS[self.kind](member["txt"].decode())
+            # Some editors write a byte-order mark, which is no part of the text.
+            caption = CAPTIONS[self.kind](text.decode("utf-8-sig"))
             str(caption).encode()  # JSON may write half of a surrogate pair, tokenizers refuse it
         except (KeyError, IndexError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
             detail = f"its txt is no {self.kind} caption: {error!r}"
@@ -75,16 +77,31 @@ class ShardSet:
             raise BadSample(Reason.EMPTY_TEXT, "its caption is empty.", self.name, key)
         return Sample([user(picture), assistant(caption.strip())], self.name, key)
 
+    def _content(self, member: Member, part: str, key: str) -> bytes:
+        if part not in member.files:
+            raise BadSample(Reason.MALFORMED, f"it has no {part}.", self.name, key)
+        content = member.files[part]
+        if content is None:
+            detail = f"its {part} is a link and no file: write the tar with --dereference and --hard-dereference."
+            raise BadSample(Reason.MALFORMED, detail, self.name, key)
+        return content
+
 
 def open_shards(kind: str, urls: Sequence[str], name: str = "") -> ShardSet:
     """Shards by path, brace range (`{000..099}.tar`) or URL.
 
     Raises:
-        ShardError: no such kind, or a path that is not there.
+        ShardError: no such kind, a path that is not there, or a shell command that the user has not allowed.
     """
     if kind not in CAPTIONS:
         raise ShardError(f"there are no shards of the kind {kind!r}; there are {', '.join(CAPTIONS)}.")
     found = tuple(url for pattern in urls for url in expand_urls(pattern))
+    commands = [url for url in found if urlparse(url).scheme == "pipe"]
+    if commands and os.environ.get(PIPES) != "1":
+        raise ShardError(
+            f"{commands[0]} runs a command in a shell: if you know what it does and want that, set {PIPES}=1 in the "
+            "environment; otherwise name the shards by path or URL."
+        )
     local = [url for url in found if urlparse(url).scheme in ("", "file")]
     absent = [url for url in local if not Path(urlparse(url).path).is_file()]
     if absent or not found:
@@ -147,19 +164,7 @@ class ShardReader:
             yield BadSample(Reason.MALFORMED, "the tar holds no samples.", self.shards.name, url)
 
     def _members(self, url: str) -> Iterator[Member | BadSample]:
-        broken: list[BadSample] = []
-
-        def note(error: Exception) -> bool:
-            broken.append(
-                BadSample(Reason.MALFORMED, f"the tar cannot be read: {error.args[0]}", self.shards.name, url)
-            )
-            return True
-
-        for member in webdataset.tariterators.tarfile_samples([{"url": url}], handler=note):
-            yield from broken
-            broken.clear()
-            yield member
-        yield from broken
+        return members(url, lambda detail: BadSample(Reason.MALFORMED, detail, self.shards.name, url))
 
 
 class ShardMixture:

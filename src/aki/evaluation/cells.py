@@ -17,6 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from aki.evaluation.plan import Cell
+from aki.threads import use_threads
 
 LOG = "log.txt"
 
@@ -42,11 +43,10 @@ def run_cells(cells: Sequence[Cell], output: Path, parallel: int, finished: Any)
     parallel = min(parallel, len(cells))
     context = multiprocessing.get_context("spawn")
     news = context.SimpleQueue()
-    threads = max(1, (os.cpu_count() or 1) // parallel)
     others = set(multiprocessing.active_children())
     waiting = list(cells)
     running: dict[Future, Cell] = {}
-    pool = ProcessPoolExecutor(parallel, context, _start, (news, output / LOG, threads))
+    pool = ProcessPoolExecutor(parallel, context, _start, (news, output / LOG, parallel))
     try:
         with Bars(cells) as bars:
             while waiting or running:
@@ -127,7 +127,7 @@ def _result(future: Future, cell: Cell, output: Path) -> dict[str, Any]:
         raise CellError(f"the cell {cell.name} failed: {error} (all of it: {output / LOG})") from error
 
 
-def _start(news: Any, log: Path, threads: int) -> None:
+def _start(news: Any, log: Path, parallel: int) -> None:
     """What a process does before its first cell: its words go to the log, and it ends when its parent does."""
     global _news
     _news = news
@@ -138,9 +138,7 @@ def _start(news: Any, log: Path, threads: int) -> None:
     assert parent is not None
     Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import torch
-
-    torch.set_num_threads(threads)
+    use_threads(parallel)
 
 
 _news: Any = None

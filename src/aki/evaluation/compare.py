@@ -16,8 +16,9 @@ from typing import Any
 from aki.evaluation.cells import run_cells
 from aki.evaluation.plan import SEARCH_SEED, Cell, check, plan
 from aki.evaluation.steps import Steps, load_steps, time_missing
+from aki.files import write_json
+from aki.training.folder import RunError
 from aki.training.recipe import Recipe
-from aki.training.stages import RunError, write_json
 
 CELLS = "cells"
 _KEPT = ("test", "validation", "held_out", "curve", "parameters", "tokens", "flops", "seconds", "guard_seconds")

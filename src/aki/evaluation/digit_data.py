@@ -9,9 +9,9 @@ import datasets
 
 from aki.data.digits import DigitScenes
 from aki.models import AkiProcessor
+from aki.training.folder import RESULT
 from aki.training.held_out import TEST_SEED
 from aki.training.recipe import DataRecipe
-from aki.training.stages import RESULT
 
 FEATURES = datasets.Features(
     {

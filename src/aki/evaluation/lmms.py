@@ -16,18 +16,22 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
 
 import aki
 from aki.attention import BACKENDS, get_rule
 from aki.evaluation.answers import AnswerCache, key_of
 from aki.evaluation.fingerprints import data_fingerprint, model_fingerprint
+from aki.models.adapters import model_of_adapter
 
 MAX_NEW_TOKENS = 1024
 """Where a task names no limit."""
 _SAMPLING = ("temperature", "top_p", "top_k")
 _DECODING = ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty", "min_new_tokens")
+_COUNTING_PADDING = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+"""What looks at a prompt's tokens, padding among them, and the values with which it doesn't."""
 
 
 class Aki(lmms):
@@ -125,7 +129,8 @@ class Aki(lmms):
 
     def _decided_by(self, task: str, split: str) -> list[Any]:
         settings = {name: value for name, value in self.settings.items() if name != "batch_size"}
-        return [versions(), settings, task, self.data_of(task, split)]
+        # "alone": answers that were kept before each was what the request gets alone are not taken.
+        return ["alone", versions(), settings, task, self.data_of(task, split)]
 
     def _prepared(self, requests: Sequence[Instance], groups: dict[str, list[int]]) -> Iterator[tuple[list[int], Any]]:
         """Batches with their inputs, the next being prepared while one is computed."""
@@ -136,7 +141,36 @@ class Aki(lmms):
                 inputs = ahead.pop().result()
                 if number + 1 < len(batches):
                     ahead.append(pool.submit(self._inputs, [requests[i] for i in batches[number + 1]]))
-                yield batch, inputs
+                if self._as_alone(inputs, requests[batch[0]]):
+                    yield batch, inputs
+                else:
+                    for i in batch:
+                        yield [i], pool.submit(self._inputs, [requests[i]]).result()
+
+    def _as_alone(self, inputs: Any, request: Instance) -> bool:
+        """Whether each row of a batch is answered as it would be alone, of which padding can be in the way."""
+        decoding, config = decoding_of(request.args[2], self.limit_new_tokens), self.model.generation_config
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        budgets = self._budgets(lengths, decoding)
+        # Beyond this a longrope model computes all rows in another way.
+        switch = getattr(self.model.config.get_text_config(), "original_max_position_embeddings", None)
+        if len(lengths) == 1:
+            return True
+        if switch is not None and max(lengths) + max(budgets) > switch:
+            return False
+        if decoding.get("num_beams", config.num_beams or 1) > 1 and len(set(budgets)) > 1:
+            return False
+        counts_padding = any(
+            decoding.get(name, getattr(config, name, None)) not in (None, neutral)
+            for name, neutral in _COUNTING_PADDING.items()
+        )
+        return len(set(lengths)) == 1 or not counts_padding
+
+    def _budgets(self, lengths: Sequence[int], decoding: dict[str, Any]) -> list[int]:
+        """Tokens that each answer may have, by the length of its own prompt."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        most = decoding["max_new_tokens"]
+        return [most if context is None else max(1, min(most, context - length)) for length in lengths]
 
     def _batches(self, requests: Sequence[Instance], group: list[int]) -> list[list[int]]:
         """The longest first, so that a batch that does not fit fails at once."""
@@ -166,15 +200,28 @@ class Aki(lmms):
         asked = requests[0].args[2]
         decoding = decoding_of(asked, self.limit_new_tokens)
         length = inputs["input_ids"].shape[1]
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None:
-            decoding["max_new_tokens"] = max(1, min(decoding["max_new_tokens"], context - length))
+        budgets = self._budgets(inputs["attention_mask"].sum(1).tolist(), decoding)
+        decoding["max_new_tokens"] = max(budgets)
+        ends = [_Budgets(length, budgets)] if len(set(budgets)) > 1 else []
         inputs = inputs.to(self.device)
         if inputs.get("pixel_values") is not None and inputs["pixel_values"].is_floating_point():
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        said = self.model.generate(**inputs, **decoding, pad_token_id=self.tokenizer.pad_token_id)[:, length:]
+        out = self.model.generate(
+            **inputs, **decoding, pad_token_id=self.tokenizer.pad_token_id, stopping_criteria=ends
+        )
+        said = [row[length : length + budget] for row, budget in zip(out, budgets, strict=True)]
         texts = self.tokenizer.batch_decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [_until(text, request.args[2].get("until")) for text, request in zip(texts, requests, strict=True)]
+
+
+class _Budgets(StoppingCriteria):
+    """Ends each row of a batch after tokens of its own number."""
+
+    def __init__(self, prompt: int, budgets: list[int]):
+        self.prompt, self.budgets = prompt, torch.tensor(budgets)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
+        return (input_ids.shape[1] - self.prompt >= self.budgets).to(input_ids.device)
 
 
 @cache
@@ -194,7 +241,8 @@ def load_model(pretrained: str, dtype: str, rule: str | None, unlock: bool, back
     known = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
         raise ValueError(f"dtype must be auto or a floating torch dtype such as bfloat16, it is {dtype!r}.")
-    config = AutoConfig.from_pretrained(pretrained)
+    with model_of_adapter(pretrained):
+        config = AutoConfig.from_pretrained(pretrained)
     processor = AutoProcessor.from_pretrained(pretrained)
     is_aki = isinstance(config, aki.AkiConfig)
     if is_aki and unlock:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from aki.training.folder import relevant
 from aki.training.recipe import Recipe, RecipeError, beyond_defaults, build, known
-from aki.training.stages import relevant
 
 SEARCH_SEED = 1000
 """Added to the recipe's seed where learning rates are tried, so that no reported run has a part in the choice."""

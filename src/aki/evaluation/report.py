@@ -156,12 +156,18 @@ def remarks(comparison: Comparison) -> list[str]:
             "gradient there: they first learn in SFT."
         )
     turned = [titles[row] for row, recipe in recipes.items() if recipe.stage("sft").order == "text_first"]
+    echoed = [titles[row] for row, recipe in recipes.items() if recipe.stage("sft").order == "echo"]
     both = [titles[row] for row, recipe in recipes.items() if recipe.stage("sft").order == "both"]
-    if turned or both:
+    if turned or both or echoed:
         found.append(
             "Asked with the image first"
             + (f", except {', '.join(turned)}, trained and asked with the text first." if turned else ".")
             + (f" Trained in both orders: {', '.join(both)}." if both else "")
+            + (
+                f" Trained and asked with the question before the picture and after it: {', '.join(echoed)}."
+                if echoed
+                else ""
+            )
         )
     asked = next((run["held_out"] for runs in results.values() for run in runs if "held_out" in run), None)
     if asked:

@@ -20,7 +20,7 @@ from aki.evaluation.answers import key_of
 from aki.evaluation.fingerprints import data_fingerprint
 from aki.evaluation.lmms import decoding_of, versions
 from aki.evaluation.suite import OWN_TASKS, TASK_FOLDERS, Column, load_task
-from aki.training.stages import write_json
+from aki.files import write_json
 
 RESULTS = "results.json"
 NO_JUDGE = (

@@ -18,11 +18,12 @@ from transformers import set_seed
 
 from aki.data.feed import Position
 from aki.evaluation.plan import Cell, row_recipe
+from aki.files import write_json
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.training.data import open_samples, stage_collators, texts
 from aki.training.model import build_processor, model_config
 from aki.training.recipe import Recipe, beyond_defaults
-from aki.training.stages import Job, stage_arguments, stage_trainer, write_json
+from aki.training.stages import Job, stage_arguments, stage_trainer
 from aki.training.trainer import AkiTrainer
 
 FILE = "steps.json"
@@ -101,11 +102,13 @@ def row_steps(recipe: Recipe, rows: Sequence[str], folder: Path) -> dict[str, St
 def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """What each step returned in each round; every other round goes backwards."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for number in tqdm(range(-WARM_UP, rounds), desc="time a step", unit="round", leave=False, dynamic_ncols=True):
-        for name in list(steps)[:: 1 if number % 2 else -1]:
-            seconds = steps[name]()
-            if number >= 0:
-                taken[name].append(seconds)
+    numbers = range(-WARM_UP, rounds)
+    with tqdm(numbers, desc="time a step", unit="round", leave=False, dynamic_ncols=True) as bar:
+        for number in bar:
+            for name in list(steps)[:: 1 if number % 2 else -1]:
+                seconds = steps[name]()
+                if number >= 0:
+                    taken[name].append(seconds)
     return taken
 
 

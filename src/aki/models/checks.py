@@ -6,21 +6,43 @@ import inspect
 
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.utils import torch_compilable_check
 
 from aki.attention import Rule
 from aki.layout import AUDIO, VIDEO
 from aki.models.media import Media
 
 
-def check_rule_inputs(rule: Rule, input_ids: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> None:
-    if input_ids is None and rule.opens_text:
-        raise ValueError(
-            f"the rule {rule.name!r} opens text too: pass input_ids, inputs_embeds do not say what they are."
-        )
-    if rule.positions is not None and position_ids is None and cache is not None and int(cache.get_seq_length()) > 0:
+def check_behind_cache(
+    rule: Rule, length: int, position_ids: Tensor | None, blocks: Tensor | None, cache: Cache | None
+) -> None:
+    """A rule that numbers tokens, or opens text, has to know what is cached.
+
+    Args:
+        blocks: (batch, length), or with those of cached tokens before them.
+    """
+    if cache is None or not (rule.positions is not None or (rule.opens_text and length > 1)):
+        return
+    seen = int(cache.get_seq_length())
+    if seen == 0:
+        return
+    if rule.positions is not None and position_ids is None:
         raise ValueError(
             f"the rule {rule.name!r} numbers tokens in its own way, and what is cached does not tell how far it came: "
             "pass position_ids, the last of model.positions_by_rule(all input_ids so far)."
+        )
+    if not rule.opens_text or length == 1:
+        return
+    if blocks is None or blocks.shape[1] < seen + length:
+        raise ValueError(
+            f"the rule {rule.name!r} opens whole prompts, and what is cached does not tell whether a prompt ends "
+            "there: pass the prompt_block_ids of all tokens so far, those in the cache included."
+        )
+    before, first = blocks[:, -length - 1], blocks[:, -length]
+    if bool(((before == first) & (first >= 0)).any()):
+        raise ValueError(
+            f"the rule {rule.name!r} needs a prompt whole, and the cache ends in the middle of one: its tokens would "
+            "not see these. Call the model with all of the prompt, or mark in prompt_block_ids where another begins."
         )
 
 
@@ -39,13 +61,19 @@ def check_size(name: str, media: Media, values: Tensor) -> None:
         )
 
 
-def check_count(placeholders: int, items: int, tokens_per_item: int, name: str) -> None:
-    if placeholders != items * tokens_per_item:
-        raise ValueError(
+def check_count(placeholders: Tensor, items: int, tokens_per_item: int, name: str) -> None:
+    """
+    Args:
+        placeholders: how many there are, a tensor, which torch.export and torch.compile do not look into.
+    """
+    torch_compilable_check(
+        placeholders == items * tokens_per_item,
+        lambda: (
             f"{items} {name}(s) need {items * tokens_per_item} placeholders in input_ids ({tokens_per_item} for each "
-            f"{name}), found {placeholders}: pass the {name}s that the prompt names, and let the processor write the "
-            "placeholders."
-        )
+            f"{name}), found {int(placeholders)}: pass the {name}s that the prompt names, and let the processor write "
+            "the placeholders."
+        ),
+    )
 
 
 def check_complete(name: str, missing: set[str]) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers.audio_utils import load_audio
-from transformers.utils import is_soxr_available
 
 from aki.models.images import open_image
 
@@ -106,8 +105,9 @@ def _read(source: str, sampling_rate: int) -> NDArray[np.float32]:
 def _resample(wave: NDArray[np.float32], given: int, wanted: int) -> NDArray[np.float32]:
     if given == wanted:
         return wave
-    if not is_soxr_available():
-        raise ClipError(f"the audio is at {given} Hz, the encoder wants {wanted} Hz: pip install 'aki[audio]'.")
-    import soxr
-
+    try:
+        import soxr
+    except ImportError as error:
+        message = f"the audio is at {given} Hz, the encoder wants {wanted} Hz: pip install 'aki[audio]'."
+        raise ClipError(message) from error
     return soxr.resample(wave, given, wanted)

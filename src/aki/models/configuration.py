@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from aki.attention.rules import get_rule
 from aki.layout import AUDIO, IMAGE, VIDEO
@@ -56,15 +55,6 @@ class AkiConfig(PreTrainedConfig):
     """
 
     model_type = "aki"
-    sub_configs_defaults: ClassVar = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="phi3"),
-        "connector_config": AkiConnectorConfig,
-        "video_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model", optional=True),
-        "video_connector_config": SubConfigSpec(config_class=AkiConnectorConfig, optional=True),
-        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
-        "audio_connector_config": SubConfigSpec(config_class=AkiConnectorConfig, optional=True),
-    }
     # Those to which transformers hands an attention implementation; a connector is no transformers model.
     sub_configs: ClassVar = dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig)
 
@@ -86,6 +76,14 @@ class AkiConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        self.vision_config = _model_config(self.vision_config or {}, "siglip_vision_model")
+        self.text_config = _model_config(self.text_config or {}, "phi3")
+        self.video_config = _model_config(self.video_config, "siglip_vision_model")
+        self.audio_config = _model_config(self.audio_config, "whisper")
+        for name in ("connector_config", "video_connector_config", "audio_connector_config"):
+            if isinstance(given := getattr(self, name), dict):
+                setattr(self, name, AkiConnectorConfig(**given))
+        self.connector_config = self.connector_config or AkiConnectorConfig()
         super().__post_init__(**kwargs)
         get_rule(self.attention_rule)
         # A contrastive checkpoint (CLIP, SigLIP) names both towers; the picture's is the one wanted.
@@ -152,3 +150,15 @@ class AkiConfig(PreTrainedConfig):
     def image_seq_length(self) -> int:
         """Embeddings, and so placeholders, of one image."""
         return self.media["pixel_values"].tokens_per_item
+
+
+def _model_config(given: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig | None:
+    """An encoder's or a language model's configuration from what config.json holds of it."""
+    if given is None or isinstance(given, PreTrainedConfig):
+        return given
+    if not isinstance(given, dict):
+        raise TypeError(
+            f"{given!r} is no configuration of an encoder or a language model: give what AutoConfig.from_pretrained "
+            "returns, or a dict."
+        )
+    return AutoConfig.for_model(**{"model_type": default_type} | given)

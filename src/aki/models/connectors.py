@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aki.models.configuration import AkiConnectorConfig
+from aki.models.configuration import AkiConfig, AkiConnectorConfig
+from aki.models.media import Media
 
 
 class PerceiverAttention(nn.Module):
@@ -115,3 +116,8 @@ def build_connector(config: AkiConnectorConfig, encoder_width: int, text_width: 
     if name not in CONNECTORS:
         raise ValueError(f"there is no connector {name!r}; there are {', '.join(CONNECTORS)}.")
     return CONNECTORS[name](config, encoder_width, text_width)
+
+
+def connector_of(media: Media, config: AkiConfig) -> nn.Module:
+    """A new connector between one of the model's encoders and its language model."""
+    return build_connector(media.connector_config, media.encoder_config.hidden_size, config.text_config.hidden_size)

@@ -25,7 +25,7 @@ from aki.models.templates import AKI, CAPTION, IMAGE_TOKEN
 SHARD_BYTES = 1 << 30
 """What a written file holds at most, and so what is in memory at a time; less where the source's files are smaller."""
 
-_EMBEDDINGS = "language_model.model.embed_tokens.weight"
+_EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)

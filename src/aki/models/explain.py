@@ -17,6 +17,7 @@ from aki.attention.families import media_token_ids
 from aki.layout import IMAGE
 from aki.models.images import open_image
 from aki.models.patches import region_read, token_patches
+from aki.models.plain_text import as_text
 from aki.models.processing import AkiProcessor
 from aki.models.rule import base_model, ruled
 from aki.models.words import Word, words_of
@@ -166,14 +167,15 @@ def eager_attention(model: Any) -> Iterator[None]:
 
 def chat_inputs(processor: Any, messages: list[dict[str, Any]]) -> BatchFeature:
     """What `generate` takes for a chat whose next answer is wanted; templates write the special tokens."""
-    return processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"add_special_tokens": False},
-    )
+    with as_text(processor, messages) as chat:
+        return processor.apply_chat_template(
+            chat,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"add_special_tokens": False},
+        )
 
 
 def _question(picture: Image.Image, question: str) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from aki.files import replacing
 
 TOLERANCE = 0.02
 """How far an image's features may move in a lower precision: the norm of the difference over the norm."""
@@ -49,8 +51,8 @@ class FeatureCache:
     """Features on disk, a file an image, named by the image as the encoder gets it and by the encoder's weights.
 
     The pixels that go into the name are pre-processed, so another pre-processing is another name, and so is another
-    precision. Files are written whole or not at all, and one that cannot be read is written again; several processes
-    may share a folder.
+    precision. Files are written whole or not at all, and one that is not what was written is written again; processes
+    may share a folder, on several machines too.
     """
 
     def __init__(self, folder: str | Path, encoder: nn.Module, precision: torch.dtype | None = None):
@@ -82,16 +84,22 @@ class FeatureCache:
     @staticmethod
     def _read(path: Path) -> Tensor | None:
         try:
-            return load_file(path)["features"]
+            with safe_open(path, "pt") as file:
+                features = file.get_tensor("features")
+                return features if (file.metadata() or {}).get("xxh3") == _checksum(features) else None
         except (FileNotFoundError, SafetensorError):
             return None
 
     @staticmethod
     def _write(path: Path, features: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"features": features}, partial)
-        os.replace(partial, path)
+        # Not synced, which would take longer than the encoder: what a power cut leaves of it fails its checksum.
+        with replacing(path) as partial:
+            save_file({"features": features}, partial, {"xxh3": _checksum(features)})
+
+
+def _checksum(features: Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(_bytes(features))
 
 
 def _fingerprint(encoder: nn.Module, precision: torch.dtype | None) -> bytes:

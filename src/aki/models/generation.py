@@ -11,8 +11,10 @@ from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
 from aki.attention import get_rule
+from aki.compat import CACHE, CACHE_NAMES, given_cache
 from aki.layout import SequenceLayout
 from aki.models.configuration import AkiConfig
+from aki.models.decoder_inputs import opens_ahead
 from aki.models.media import Media
 
 
@@ -20,20 +22,37 @@ class AkiGenerationMixin(GenerationMixin):
     """The prefill goes by the rule, what is decoded after it is causal."""
 
     config: AkiConfig
+    model: Any
     layout: Callable[..., SequenceLayout]
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """As transformers' `generate`; prompt blocks are settled on the prompt, so that answers never join them.
 
         Raises:
-            ValueError: the prompt leaves no room in the model's context.
+            ValueError: the prompt leaves no room in the model's context, or the rule needs it whole and it is to be
+                prefilled in pieces.
         """
-        input_ids = kwargs.get("input_ids", inputs)
-        if input_ids is not None:
-            self._check_context(input_ids.shape[1])
+        prompt = kwargs.get("inputs_embeds")
+        if prompt is None:
+            prompt = kwargs.get("input_ids", inputs)
+        if prompt is not None:
+            self._check_context(prompt.shape[1])
             if kwargs.get("prompt_block_ids") is None:
-                kwargs["prompt_block_ids"] = torch.zeros_like(input_ids)
+                kwargs["prompt_block_ids"] = torch.zeros(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+        self._check_whole(kwargs)
         return super().generate(inputs, *args, **kwargs)
+
+    def _check_whole(self, kwargs: dict[str, Any]) -> None:
+        rule = get_rule(kwargs.get("attention_rule") or self.config.attention_rule)
+        config = kwargs.get("generation_config") or self.generation_config
+        size = kwargs.get("prefill_chunk_size") or config.prefill_chunk_size
+        shows_media = any(kwargs.get(name) is not None for name in self.config.media)
+        if size is not None and (rule.positions is not None or opens_ahead(rule, shows_media, size + 1)):
+            raise ValueError(
+                f"the rule {rule.name!r} needs the prompt whole, and prefill_chunk_size={size} cuts it into pieces, "
+                "which would not see what comes after them: leave prefill_chunk_size out, or generate with "
+                "attention_rule='causal'."
+            )
 
     def _check_context(self, length: int) -> None:
         context = getattr(self.config.text_config, "max_position_embeddings", None)
@@ -51,28 +70,45 @@ class AkiGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict[str, Any]:
-        if self._outgrown(kwargs.get("past_key_values"), input_ids.shape[1]):
-            kwargs |= {"past_key_values": None, "next_sequence_length": None}
+        cache = given_cache(kwargs)
+        if self._outgrown(cache, input_ids.shape[1]):
+            cache = None
+            kwargs |= {"next_sequence_length": None}
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         given = {name: kwargs.pop(name, None) for name in self.config.media}
-        cache, rule = kwargs.get("past_key_values"), kwargs.get("attention_rule")
-        if cache is not None and int(cache.get_seq_length()) > 0 and input_ids.ndim == 2:
-            own = self.positions_by_rule(input_ids, kwargs.get("attention_mask"), rule)
+        rule = get_rule(kwargs.get("attention_rule") or self.config.attention_rule)
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        new_alone = is_first_iteration and kwargs.get("next_sequence_length") is None and inputs_embeds is None
+        if seen > 0 and new_alone and (rule.positions is not None or rule.opens_text):
+            raise ValueError(
+                f"the rule {rule.name!r} needs all tokens, and of those in the cache ({seen}) none are given: pass the "
+                "input_ids of all of them, and the new ones behind them."
+            )
+        so_far = self._so_far(input_ids, inputs_embeds, seen)
+        if seen > 0 and so_far.ndim == 2:
+            own = self.positions_by_rule(so_far, kwargs.get("attention_mask"), rule.name)
             kwargs |= {} if own is None else {"position_ids": own}
         inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **{CACHE: cache}, **kwargs
         )
         prompt = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         length = prompt.shape[1]
         if inputs.get("prompt_block_ids") is not None:
             # What was generated since is answer.
-            answered = max(input_ids.shape[1] - inputs["prompt_block_ids"].shape[1], 0)
-            blocks = nn.functional.pad(inputs["prompt_block_ids"], (0, answered), value=-1)
-            inputs["prompt_block_ids"] = blocks[:, -length:]
+            answered = max(so_far.shape[1] - inputs["prompt_block_ids"].shape[1], 0)
+            inputs["prompt_block_ids"] = nn.functional.pad(inputs["prompt_block_ids"], (0, answered), value=-1)
         for name, values in given.items():
             if values is not None and (is_first_iteration or length > 1):
-                values = self._media_from(input_ids, input_ids.shape[1] - length, self.config.media[name], values)
+                values = self._media_from(so_far, so_far.shape[1] - length, self.config.media[name], values)
                 inputs[name] = None if values is None else values.to(prompt.device)
         return inputs
+
+    def _so_far(self, input_ids: Tensor, inputs_embeds: Tensor | None, seen: int) -> Tensor:
+        """All ids from the first on, those in the cache included; of a prompt of embeddings those that are named."""
+        if inputs_embeds is None:
+            return input_ids
+        missing = (seen + 1 if seen > 0 else inputs_embeds.shape[1]) - input_ids.shape[1]
+        return torch.cat([self.model.named_tokens(inputs_embeds)[:, : max(missing, 0)], input_ids], 1)
 
     def positions_by_rule(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, attention_rule: str | None = None

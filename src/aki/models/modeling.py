@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    Cache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
-from aki.attention import Rule, get_rule, prepare_attention
-from aki.attention.backends import takes_prepared
-from aki.layout import IGNORE_INDEX, IMAGE, VIDEO, SequenceLayout, build_layout
-from aki.models.checks import (
-    check_complete,
-    check_count,
-    check_rule_inputs,
-    check_size,
-    check_takes_one_input,
-)
+from aki.attention import get_rule
+from aki.compat import CACHE, CACHE_NAMES
+from aki.layout import IGNORE_INDEX, SequenceLayout, build_layout
+from aki.models.backbones import join_backbones
+from aki.models.checks import check_behind_cache, check_complete, check_count
 from aki.models.configuration import AkiConfig
-from aki.models.connectors import PerceiverResampler, build_connector
+from aki.models.connectors import PerceiverResampler, connector_of
+from aki.models.decoder_inputs import blocks_of_call, decoder_inputs, identify, needs_layout, opens_ahead, padding_of
+from aki.models.encoding import AkiEncodingMixin, encode_media, encoder_of
 from aki.models.explain import AkiExplainMixin
 from aki.models.features import FeatureCache
 from aki.models.generation import AkiGenerationMixin
-from aki.models.media import Media
+from aki.models.heads import new_head, scale_logits
+
+
+@dataclass
+class AkiModelOutput(BaseModelOutputWithPast):
+    """Output of the decoder, and what it was shown of the images.
+
+    Attributes:
+        image_hidden_states: (images, embeddings an image, text width).
+    """
+
+    image_hidden_states: Tensor | None = None
 
 
 @dataclass
@@ -53,10 +52,10 @@ class AkiOutput(CausalLMOutputWithPast):
 class AkiPreTrainedModel(PreTrainedModel):
     config: AkiConfig
     config_class = AkiConfig
-    base_model_prefix = "language_model"
+    base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -67,22 +66,168 @@ class AkiPreTrainedModel(PreTrainedModel):
         if isinstance(module, PerceiverResampler):
             init.normal_(module.latents, mean=0.0, std=1.0)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.language_model.get_input_embeddings()
 
-class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExplainMixin):
-    """A decoder-only language model that reads images, and videos and audio if configured, by its attention rule."""
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.language_model.set_input_embeddings(value)
+
+    def layout(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        prompt_block_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_rule: str | None = None,
+    ) -> SequenceLayout:
+        """What each token of these inputs is; all (batch, length).
+
+        Raises:
+            ValueError: the rule needs media on a grid, and theirs is none.
+        """
+        numbers_tokens = get_rule(attention_rule or self.config.attention_rule).positions is not None
+        media = self.config.media.values()
+        return build_layout(
+            input_ids,
+            {m.modality: m.token_id for m in media},
+            {m.modality: m.tokens_per_item for m in media},
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            prompt_block_ids=prompt_block_ids,
+            labels=labels,
+            training=self.training,
+            scope_token_ids=self.config.scope_token_ids,
+            grids={m.modality: m.grid for m in media} if numbers_tokens else None,
+        )
+
+
+class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
+    """Encoders, connectors and a bare decoder that reads what they give by the attention rule.
+
+    Attributes:
+        encoder_dtype: in which the vision encoder computes; None is its own.
+        feature_cache: where a frozen vision encoder's features lie on disk.
+    """
 
     def __init__(self, config: AkiConfig):
         super().__init__(config)
         self.encoder_dtype: torch.dtype | None = None
         self.feature_cache: FeatureCache | None = None
         for media in config.media.values():
-            encoder = _encoder_of(AutoModel.from_config(media.encoder_config))
-            check_takes_one_input(encoder)
-            self.add_module(media.encoder, encoder)
-            self.add_module(media.connector, _connector_of(media, config))
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        if config.output_bias:
-            _add_output_bias(self.language_model)
+            self.add_module(media.encoder, encoder_of(AutoModel.from_config(media.encoder_config)))
+            self.add_module(media.connector, connector_of(media, config))
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        prompt_block_ids: Tensor | None = None,
+        attention_rule: str | None = None,
+        pixel_values_videos: Tensor | None = None,
+        input_features: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> AkiModelOutput:
+        """Embed, encode, put in place, ask the rule, decode.
+
+        Args:
+            input_ids: (batch, length) int; the placeholder of `config.media` once for every embedding of an item.
+            pixel_values: (images of the whole batch in order, channels, height, width) float.
+            attention_mask: (batch, cached + length), 0 is padding; or masks already prepared, which are used as is.
+            position_ids: (batch, length) int. Absent: counted over the attention mask, so padding may be on any side.
+                Without attention_mask, a restart begins a packed document, which sees nothing of the others. A rule
+                with positions of its own puts them in place of these, except behind cached tokens, where they are
+                taken as they are (`positions_by_rule` gives them).
+            cache: what was seen before; it stays causal.
+            inputs_embeds: (batch, length, width) instead of input_ids; what is a placeholder is found by its embedding.
+            labels: (batch, length) int; where there are no prompt_block_ids, what is -100 is prompt.
+            prompt_block_ids: (batch, length) int from the processor, -1 for answers and padding; behind cached tokens
+                theirs may stand before them, and a rule that opens text needs that.
+            attention_rule: instead of the configuration's, for this call.
+            pixel_values_videos: (videos, config.video_frames, channels, height, width) float.
+            input_features: (audio clips, mel bins, time) float.
+            past_key_values: what `cache` is called before transformers 5.24.
+
+        Raises:
+            ValueError: media and placeholders do not fit, or the rule cannot be applied.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds.")
+        cache = past_key_values if cache is None else cache
+        given = {
+            "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos,
+            "input_features": input_features,
+        }
+        found = self.named_tokens(inputs_embeds) if input_ids is None else input_ids
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        embeds = {n: encode_media(self, n, values).pooler_output for n, values in given.items() if values is not None}
+        inputs_embeds = self._put_media(found, inputs_embeds, embeds, counted=input_ids is not None)
+
+        rule, length = get_rule(attention_rule or self.config.attention_rule), inputs_embeds.shape[1]
+        text_config, layout, padding = self.config.text_config, None, padding_of(attention_mask)
+        check_behind_cache(rule, length, position_ids, prompt_block_ids, cache)
+        if needs_layout(rule, text_config, bool(embeds), length, cache):
+            opens = opens_ahead(rule, bool(embeds), length)
+            layout = self.layout(
+                found,
+                attention_mask=None if padding is None else padding[:, -length:],
+                position_ids=position_ids if cache is None else None,
+                # Prompt blocks only matter where something can be opened.
+                prompt_block_ids=blocks_of_call(prompt_block_ids, length, cache, input_ids)
+                if opens
+                else torch.full_like(found, -1),
+                labels=labels,
+                attention_rule=rule.name,
+            )
+        asked = decoder_inputs(rule, layout, text_config, inputs_embeds, attention_mask, position_ids, cache)
+        outputs = self.language_model(**kwargs | asked, return_dict=True)
+        return AkiModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=embeds.get("pixel_values"),
+            **{CACHE: getattr(outputs, CACHE)},
+        )
+
+    def named_tokens(self, inputs_embeds: Tensor) -> Tensor:
+        """Ids of those tokens that the configuration names, found by their embeddings; -1 for all others."""
+        named = [media.token_id for media in self.config.media.values()] + (self.config.scope_token_ids or [])
+        return identify(inputs_embeds, self.get_input_embeddings(), named)
+
+    def _put_media(self, ids: Tensor, inputs_embeds: Tensor, embeds: dict[str, Tensor], counted: bool) -> Tensor:
+        for name, media in self.config.media.items():
+            placeholders = ids == media.token_id
+            if name in embeds:
+                items, tokens, _ = embeds[name].shape
+                check_count(placeholders.sum(), items, tokens, media.name)
+                inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], embeds[name].to(inputs_embeds))
+            elif counted and (self.training or ids.shape[1] > 1):
+                check_count(placeholders.sum(), 0, media.tokens_per_item, media.name)
+        return inputs_embeds
+
+
+class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGenerationMixin, AkiExplainMixin):
+    """A decoder-only language model that reads images, and videos and audio if configured, by its attention rule."""
+
+    def __init__(self, config: AkiConfig):
+        super().__init__(config)
+        self.model = AkiModel(config)
+        self.lm_head = new_head(config.text_config, config.output_bias)
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
         # A placeholder stands for what comes in; it is never an answer.
         self.generation_config.suppress_tokens = [media.token_id for media in config.media.values()]
@@ -139,124 +284,26 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
             config: further fields of `AkiConfig`.
 
         Raises:
-            ValueError: a checkpoint lacks weights, or the encoder wants more than pixels.
+            ValueError: a checkpoint lacks weights, the encoder wants more than pixels, or the language model makes of
+                its output layer's values what AKI does not know.
         """
         named = {"vision": vision_encoder, "video": video_encoder, "audio": audio_encoder}
         encoders = {kind: name for kind, name in named.items() if name is not None}
-        joined = AkiConfig(
-            **{f"{kind}_config": AutoConfig.from_pretrained(name) for kind, name in encoders.items()},
-            text_config=AutoConfig.from_pretrained(language_model),
-            image_token_id=image_token_id,
-            **config,
-        )
-        with torch.device("meta"):
-            model = cls(joined)
-        for kind, name in encoders.items():
-            encoder = _encoder_of(_load_backbone(AutoModel, name, getattr(joined, f"{kind}_config")))
-            # from_pretrained copies the configuration that it is given.
-            setattr(joined, f"{kind}_config", encoder.config)
-            model.add_module(f"{kind}_encoder", encoder)
-        model.language_model = _load_backbone(AutoModelForCausalLM, language_model, joined.text_config)
-        joined.text_config = model.language_model.config
-        if joined.output_bias:
-            _add_output_bias(model.language_model)
-        if vocab_size is not None and vocab_size > joined.text_config.vocab_size:
-            model.resize_token_embeddings(vocab_size)
-        for media in joined.media.values():
-            model.add_module(media.connector, _connector_of(media, joined).apply(model._init_weights))
-        return model.to(dtype or model.language_model.dtype)
+        config["image_token_id"] = image_token_id
+        return join_backbones(cls, language_model, encoders, vocab_size, dtype, **config)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
+    @property
+    def parts(self) -> dict[str, nn.ModuleList]:
+        """What is trained or frozen together: encoders, connectors, and the language model with its output layer."""
+        found = {name: nn.ModuleList([module]) for name, module in self.model.named_children()}
+        found["language_model"].append(self.lm_head)
+        return found
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
+        return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Embeddings of images.
-
-        Args:
-            pixel_values: (images, channels, height, width).
-
-        Returns:
-            (images, embeddings an image, text width).
-
-        Raises:
-            ValueError: the images are not of the encoder's size.
-        """
-        return self._media_features("pixel_values", pixel_values)
-
-    def _media_features(self, name: str, values: Tensor) -> Tensor:
-        """Embeddings of one kind of media: (items, embeddings an item, text width)."""
-        if name not in self.config.media:
-            raise ValueError(
-                f"this model has no encoder for {name}: give its AkiConfig a video_config or an audio_config, "
-                "with a placeholder."
-            )
-        media = self.config.media[name]
-        check_size(name, media, values)
-        if name == "pixel_values" and self.feature_cache is not None:
-            features = self.feature_cache(values, self.patch_features)
-        else:
-            features = self._encode(media, values.flatten(0, 1) if media.modality == VIDEO else values)
-        connector = self.get_submodule(media.connector)
-        embeds = connector(features.to(next(connector.parameters()).dtype))
-        return embeds.unflatten(0, (-1, media.frames)).flatten(1, 2)
-
-    def patch_features(self, pixel_values: Tensor) -> Tensor:
-        """The vision encoder's features of images, (images, patches, width)."""
-        return self._encode(self.config.media["pixel_values"], pixel_values)
-
-    def _encode(self, media: Media, values: Tensor) -> Tensor:
-        """An encoder's features, (items, features, width); a frozen encoder runs without gradient."""
-        encoder = self.get_submodule(media.encoder)
-        learns = any(parameter.requires_grad for parameter in encoder.parameters())
-        # It was settled on pictures; where it is, an autocast around the model changes nothing.
-        lower = self.encoder_dtype if media.modality == IMAGE else None
-        precision = (
-            nullcontext()
-            if lower is None
-            else torch.autocast(values.device.type, lower, enabled=lower != encoder.dtype)
-        )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns), precision:
-            features = encoder(values.to(encoder.dtype)).last_hidden_state
-        # Class and register tokens come before the patches.
-        return features[:, -media.num_features :]
-
-    def layout(
-        self,
-        input_ids: Tensor,
-        *,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        prompt_block_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        attention_rule: str | None = None,
-    ) -> SequenceLayout:
-        """What each token of these inputs is; all (batch, length).
-
-        Raises:
-            ValueError: the rule needs media on a grid, and theirs is none.
-        """
-        numbers_tokens = get_rule(attention_rule or self.config.attention_rule).positions is not None
-        return build_layout(
-            input_ids,
-            {media.modality: media.token_id for media in self.config.media.values()},
-            {media.modality: media.tokens_per_item for media in self.config.media.values()},
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            prompt_block_ids=prompt_block_ids,
-            labels=labels,
-            training=self.training,
-            scope_token_ids=self.config.scope_token_ids,
-            grids={m.modality: m.grid for m in self.config.media.values()} if numbers_tokens else None,
-        )
+        self.lm_head = new_embeddings
 
     @can_return_tuple
     def forward(
@@ -265,7 +312,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         prompt_block_ids: Tensor | None = None,
@@ -273,148 +320,67 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiGenerationMixin, AkiExp
         logits_to_keep: int | Tensor = 0,
         pixel_values_videos: Tensor | None = None,
         input_features: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> AkiOutput:
-        """Embed, put the media in place, lay the rule over the mask, decode.
+        """The backbone (see `AkiModel.forward`), the output layer, and the loss.
 
         Args:
-            input_ids: (batch, length) int; the placeholder of `config.media` once for every embedding of an item.
-            pixel_values: (images of the whole batch in order, channels, height, width) float.
-            attention_mask: (batch, cached + length), 0 is padding; or masks already prepared, which are used as is.
-            position_ids: (batch, length) int. Absent: counted over the attention mask, so padding may be on any side.
-                Without attention_mask, a restart begins a packed document, which sees nothing of the others. A rule
-                with positions of its own puts them in place of these, except behind cached tokens, where they are
-                taken as they are (`positions_by_rule` gives them).
-            past_key_values: what was seen before; it stays causal.
-            inputs_embeds: (batch, length, width) instead of input_ids, for text alone.
             labels: (batch, length) int, -100 is not learned. What stands on placeholders is ignored.
-            prompt_block_ids: (batch, length) int from the processor, -1 for answers and padding.
-            attention_rule: instead of the configuration's, for this call.
             logits_to_keep: only the logits of the last so many positions (0: all), or of these positions.
-            pixel_values_videos: (videos, config.video_frames, channels, height, width) float.
-            input_features: (audio clips, mel bins, time) float.
+            shift_labels: (batch, length) int, what each position predicts, instead of labels moved by one, as context
+                and sequence parallelism hand them over.
+            num_items_in_batch: labels over which the loss is the mean; absent: those of this call.
 
         Raises:
             ValueError: media and placeholders do not fit, or the rule cannot be applied.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds.")
-        given = {
-            "pixel_values": pixel_values,
-            "pixel_values_videos": pixel_values_videos,
-            "input_features": input_features,
-        }
-        media_values = {name: values for name, values in given.items() if values is not None}
-        embeds: dict[str, Tensor] = {}
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-            embeds = {name: self._media_features(name, values) for name, values in media_values.items()}
-            inputs_embeds = self._put_media(input_ids, inputs_embeds, embeds)
-            if labels is not None:
-                for media in self.config.media.values():
-                    labels = labels.masked_fill(input_ids == media.token_id, IGNORE_INDEX)
-        elif media_values:
-            raise ValueError(f"{next(iter(media_values))} need input_ids, whose placeholders say where they go.")
-
-        rule = get_rule(attention_rule or self.config.attention_rule)
-        check_rule_inputs(rule, input_ids, position_ids, past_key_values)
-        length = inputs_embeds.shape[1]
-        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
-        if position_ids is None and padding is not None:
-            position_ids = (padding.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-        elif position_ids is not None and attention_mask is None and past_key_values is None:
-            # transformers keeps packed documents apart only where no cache is made.
-            kwargs |= {"use_cache": False} if _starts_again(position_ids) else {}
-
-        masks: Tensor | BlockMask | dict | None = attention_mask
-        prepared = masks is not None and padding is None
-        opens_ahead = rule.name != "causal" and (bool(embeds) or (rule.opens_text and length > 1))
-        without_mask = takes_prepared(self.config.text_config, past_key_values)
-        if input_ids is not None and (opens_ahead or without_mask) and not prepared:
-            # Prompt blocks only matter where something can be opened.
-            nowhere = None if opens_ahead else torch.full_like(input_ids, -1)
-            layout = self.layout(
-                input_ids,
-                attention_mask=None if padding is None else padding[:, -length:],
-                position_ids=position_ids if past_key_values is None else None,
-                prompt_block_ids=prompt_block_ids if nowhere is None else nowhere,
-                labels=labels,
-                attention_rule=rule.name,
-            )
-            masks = prepare_attention(
-                rule, layout, self.config.text_config, inputs_embeds, padding, past_key_values, position_ids
-            )
-            position_ids = _positions(rule, layout, past_key_values, position_ids)
-
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=masks,
+        if labels is None and shift_labels is not None:
+            labels = nn.functional.pad(shift_labels[:, :-1], (1, 0), value=IGNORE_INDEX)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            logits_to_keep=logits_to_keep,
-            return_dict=True,
-            **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
+            cache=past_key_values if cache is None else cache,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            prompt_block_ids=prompt_block_ids,
+            attention_rule=attention_rule,
+            pixel_values_videos=pixel_values_videos,
+            input_features=input_features,
+            **kwargs | {"return_dict": True},
         )
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
+        logits = scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.text_config)
         loss = None
         if labels is not None:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
+            targets = self._targets(input_ids, labels, shift_labels)[:, kept]
             loss = self.loss_function(
-                logits=outputs.logits,
+                logits=logits,
                 labels=labels,
-                shift_labels=targets[:, kept].contiguous(),
-                vocab_size=outputs.logits.shape[-1],
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                shift_labels=targets.contiguous(),
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
             )
         return AkiOutput(
             loss=loss,
-            logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
+            logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=embeds.get("pixel_values"),
+            image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _put_media(self, input_ids: Tensor, inputs_embeds: Tensor, embeds: dict[str, Tensor]) -> Tensor:
-        for name, media in self.config.media.items():
-            placeholders = input_ids == media.token_id
-            if name in embeds:
-                items, tokens, _ = embeds[name].shape
-                check_count(int(placeholders.sum()), items, tokens, media.name)
-                inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], embeds[name].to(inputs_embeds))
-            elif self.training or input_ids.shape[1] > 1:
-                check_count(int(placeholders.sum()), 0, media.tokens_per_item, media.name)
-        return inputs_embeds
-
-
-def _positions(rule: Rule, layout: SequenceLayout, cache: Cache | None, position_ids: Tensor | None) -> Tensor | None:
-    """The rule's own positions where it has some; behind cached tokens they are counted over those too, elsewhere."""
-    if rule.positions is None or (cache is not None and int(cache.get_seq_length()) > 0):
-        return position_ids
-    return rule.positions(layout)
-
-
-def _starts_again(position_ids: Tensor) -> bool:
-    """Whether rows hold several documents."""
-    return bool((torch.diff(position_ids) != 1).any())
-
-
-def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, or its encoder where a decoder comes with it, as Whisper's."""
-    return model.get_encoder() if model.config.is_encoder_decoder else model
-
-
-def _connector_of(media: Media, config: AkiConfig) -> nn.Module:
-    return build_connector(media.connector_config, media.encoder_config.hidden_size, config.text_config.hidden_size)
-
-
-def _load_backbone(auto_class: Any, name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True)
-    check_complete(name, info["missing_keys"])
-    return model
-
-
-def _add_output_bias(language_model: PreTrainedModel) -> None:
-    head = language_model.get_output_embeddings()
-    head.bias = nn.Parameter(head.weight.new_zeros(head.out_features))
+    def _targets(self, input_ids: Tensor | None, labels: Tensor, shift_labels: Tensor | None) -> Tensor:
+        """What each position predicts, which is never a placeholder: (batch, length)."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        for media in self.config.media.values():
+            never = shift_labels == media.token_id
+            if input_ids is not None:
+                never = never | nn.functional.pad(input_ids[:, 1:] == media.token_id, (0, 1))
+            shift_labels = shift_labels.masked_fill(never, IGNORE_INDEX)
+        return shift_labels

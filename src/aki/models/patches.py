@@ -27,7 +27,7 @@ def token_patches(model: Any, processor: Any, inputs: dict[str, Tensor], tokens:
     if base.config.model_type != "aki":
         return _identity(*_grid_of_others(processor, inputs, tokens))
     media = base.config.media["pixel_values"]
-    connector = base.get_submodule(media.connector)
+    connector = base.model.get_submodule(media.connector)
     rows, columns = media.patch_grid
     if not hasattr(connector, "feature_weights"):
         return _identity(*_nearest_grid(tokens, rows / columns))

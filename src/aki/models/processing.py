@@ -16,6 +16,7 @@ from aki.layout import IGNORE_INDEX
 from aki.models.chats import Openers, prepare
 from aki.models.clips import ClipError, open_audio, open_video, pick_frames
 from aki.models.images import open_image
+from aki.models.plain_text import as_text
 from aki.models.templates import ANSWER_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN
 
 
@@ -129,7 +130,7 @@ class AkiProcessor(ProcessorMixin):
             raise ValueError(f"this processor takes {', '.join(self._openers)} alone, not {', '.join(refused)}.")
         if images is not None:
             images = _open_nested(images)
-            images = None if images == [] else images
+            images = None if _is_empty(images) else images
         if videos is not None:
             videos = [open_video(video) for video in _flat(videos)] or None
         if audio is not None:
@@ -178,8 +179,14 @@ class AkiProcessor(ProcessorMixin):
         check_scopes(conversation if isinstance(conversation[0], list) else [conversation], self)
         if kwargs.get("continue_final_message"):
             conversation = _begun(conversation)
-        if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
+        if not kwargs.get("tokenize"):
             return super().apply_chat_template(conversation, *args, **kwargs)
+        with as_text(self, conversation) as conversation:
+            if not kwargs.get("return_dict"):
+                return super().apply_chat_template(conversation, *args, **kwargs)
+            return self._with_prompt_blocks(conversation, *args, **kwargs)
+
+    def _with_prompt_blocks(self, conversation, *args, **kwargs) -> BatchFeature:
         return_tensors = kwargs.pop("return_tensors", None)
         asked_for_masks = kwargs.pop("return_assistant_tokens_mask", False)
         if kwargs.pop("continue_final_message", False):
@@ -281,6 +288,11 @@ def _open_nested(images):
     if isinstance(images, (list, tuple)):
         return [_open_nested(image) for image in images]
     return open_image(images)
+
+
+def _is_empty(images) -> bool:
+    """Whether no text has an image: an empty list, or one of empty lists."""
+    return isinstance(images, list) and all(map(_is_empty, images))
 
 
 def _begun(conversation: list) -> list:

@@ -24,7 +24,12 @@ from aki.models.templates import IMAGE_TOKEN
 
 _SHOWN = 10
 _COUNTS = ("initial_tokenizer_len", "num_vision_tokens")
-_GROUPS = {"vision_tokenizer.": "connector.", "lang_model.": "language_model."}
+_GROUPS = {
+    "vision_encoder.": "model.vision_encoder.",
+    "vision_tokenizer.": "model.connector.",
+    "lang_model.model.": "model.language_model.",
+    "lang_model.lm_head.": "lm_head.",
+}
 """Prefixes: the published, ours."""
 _ADDED = {
     "lang_model.model.embed_tokens.weight": "lang_model.model.embed_tokens.additional_embedding.weight",

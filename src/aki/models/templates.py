@@ -13,6 +13,10 @@ _TEXT_FIRST_PARTS = (
     "for part in (message.content | rejectattr('type', 'in', media) | list)"
     " + (message.content | selectattr('type', 'in', media) | list)"
 )
+_ECHOED_PARTS = (
+    "for part in ((message.content | rejectattr('type', 'in', media) | list)"
+    " if message.content | selectattr('type', 'in', media) | list else []) + message.content"
+)
 _ANSWERS_FIRST = (
     "for message in (messages | selectattr('role', 'equalto', 'assistant') | list)"
     " + (messages | rejectattr('role', 'equalto', 'assistant') | list)"
@@ -77,14 +81,27 @@ CAPTION = (
 """Pre-training (paper, section 3): BOS `<image>{caption, stripped}<|endofchunk|>` EOS, all of the text is a label."""
 
 
+def echo(template: str) -> str:
+    """The template with the text of each message that has media twice, before them and where it stands.
+
+    Raises:
+        ValueError: the template is none of these.
+    """
+    return _own(template).replace(_PARTS, _ECHOED_PARTS)
+
+
 def text_first(template: str) -> str:
     """The template with the text of each message before its media; a caption comes before its picture.
 
     Raises:
         ValueError: the template is none of these, so that nobody can say where its media are.
     """
-    if _PARTS not in template:
-        raise ValueError("only AKI's own chat templates can put text first: write a template that does.")
-    template = template.replace(_PARTS, _TEXT_FIRST_PARTS)
+    template = _own(template).replace(_PARTS, _TEXT_FIRST_PARTS)
     # A caption is the whole of what is said, and has no question that must come before it.
     return template if ANSWER_TOKEN in template else template.replace(_MESSAGES, _ANSWERS_FIRST)
+
+
+def _own(template: str) -> str:
+    if _PARTS not in template:
+        raise ValueError("only AKI's own chat templates can put text elsewhere: write a template that does.")
+    return template

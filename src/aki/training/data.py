@@ -40,7 +40,7 @@ def open_samples(
     if stage.shards:
         weights = mixture_weights(stage.mixture, [one.weight for one in stage.shards], None)
         sets = [
-            open_shards(one.kind, [_below(recipe.root, url) for url in one.urls], one.name or one.kind)
+            open_shards(one.kind, [below(recipe.root, url) for url in one.urls], one.name or one.kind)
             for one in stage.shards
         ]
         return ShardMixture(sets, weights, recipe.seed, max(recipe.workers, 1), ranks, places)
@@ -62,8 +62,8 @@ def open_sources(recipe: Recipe, sources: Sequence[SourceRecipe], seed: int) -> 
     return [
         open_source(
             one.kind,
-            annotations=[_below(recipe.root, path) for path in one.annotations],
-            images=[_below(recipe.root, path) for path in one.images],
+            annotations=[below(recipe.root, path) for path in one.annotations],
+            images=[below(recipe.root, path) for path in one.images],
             name=one.name,
             seed=seed,
             augment=one.augment,
@@ -74,7 +74,7 @@ def open_sources(recipe: Recipe, sources: Sequence[SourceRecipe], seed: int) -> 
     ]
 
 
-def _below(root: str, path: str) -> str:
+def below(root: str, path: str) -> str:
     """A relative path below the root; an absolute one and a URL as they are."""
     return path if urlparse(path).scheme else str(Path(root) / path)
 
@@ -118,7 +118,7 @@ def save_position(folder: Path, loader: Loader, rank: int, ranks: int) -> None:
     _position_file(folder, rank).write_text(json.dumps(values))
 
 
-def load_position(checkpoint: str | None, recipe: Recipe, stage: StageRecipe, rank: int, ranks: int) -> Position:
+def load_position(checkpoint: Path | None, recipe: Recipe, stage: StageRecipe, rank: int, ranks: int) -> Position:
     """Where a process goes on.
 
     Raises:
@@ -126,19 +126,19 @@ def load_position(checkpoint: str | None, recipe: Recipe, stage: StageRecipe, ra
     """
     if checkpoint is None or not (stage.sources or stage.shards):
         return Position()
-    saved = json.loads(_position_file(Path(checkpoint), 0).read_text())
+    saved = json.loads(_position_file(checkpoint, 0).read_text())
     then, now = (saved["ranks"], saved["workers"]), (ranks, recipe.workers)
     if stage.shards and then != now:
         raise ResumeError(_another_number("Shards are", then, now))
     if then[0] == ranks:
-        return Position(**json.loads(_position_file(Path(checkpoint), rank).read_text())["position"])
+        return Position(**json.loads(_position_file(checkpoint, rank).read_text())["position"])
     if stage.packing:
         raise ResumeError(_another_number("Packed rows are", then, now))
     # A chunk is a batch, and every process has used as many.
     used = saved["position"]["chunk"] * then[0]
     if used % ranks:
         raise ResumeError(f"{used} batches were used, which {ranks} processes do not divide: start {then[0]} again.")
-    return Position(used // ranks, report=_total_report(Path(checkpoint), then[0]).to_dict() if rank == 0 else None)
+    return Position(used // ranks, report=_total_report(checkpoint, then[0]).to_dict() if rank == 0 else None)
 
 
 def _total_report(checkpoint: Path, ranks: int) -> DataReport:

@@ -128,7 +128,7 @@ def _parts(model: AkiForConditionalGeneration, config: AkiConfig, stage: StageRe
     vision, text = config.vision_config, config.text_config
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     embedded = 0 if text.tie_word_embeddings else _count(model, embeddings)
-    sizes = {part: _count(getattr(model, part)) for part in PARTS}
+    sizes = {part: _count(model.parts[part]) for part in PARTS}
     forward = {
         "vision_encoder": _forward(sizes["vision_encoder"], vision, config.num_patches),
         "connector": 2.0 * sizes["connector"] * (config.num_patches + config.image_seq_length),
@@ -159,7 +159,7 @@ def _memory(
     text = config.text_config
     shards = processes if recipe.fsdp is not None else 1
     everything = _count(model)
-    trained = sum(_count(getattr(model, part)) for part in PARTS if part not in stage.frozen)
+    trained = sum(_count(model.parts[part]) for part in PARTS if part not in stage.frozen)
     element = 2 if recipe.bf16 else 4
     rows = stage.batch_size * len(ORDERS[stage.order])
     length = stage.row_tokens if stage.packing else tokens

@@ -118,7 +118,8 @@ class StageRecipe:
     Attributes:
         task: `caption` (all of the text is learned) or `question` (the answer is learned).
         rule: the attention rule, a name in `aki.attention.RULES`, or several joined by `+`.
-        order: `image_first`, `text_first`, or `both`: each sample in both orders, in one step.
+        order: `image_first`, `text_first`, `echo` (the question before the picture and after it), or `both`: each
+            sample image first and text first, in one step.
         steps, batch_size: optimizer steps, samples a step on each device.
         learning_rate, min_learning_rate, warmup_steps: a cosine from one to the other after a linear warm-up.
         adam_beta2: AdamW's second decay; short runs want it lower.

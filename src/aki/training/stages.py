@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
+from aki.attention.guard import CHOOSE_CAUSAL, LeakError
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
 from aki.data.feed import Position
@@ -24,21 +25,18 @@ from aki.data.orders import InEachOrder
 from aki.data.packing import PackedCollator, PackedRows
 from aki.data.report import TooManyBadSamples
 from aki.data.shards import ShardMixture
+from aki.files import alone, write_json
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
 from aki.training.data import REPORT, load_position, open_samples, stage_collators, stage_loader, texts
+from aki.training.folder import RESULT, Begun, begin, first_process, relevant, sealed_weights, training_folder
 from aki.training.held_out import HeldOut, held_out
 from aki.training.model import build_model
-from aki.training.recipe import Recipe, beyond_defaults
+from aki.training.recipe import Recipe
 from aki.training.scoring import accuracy_by_skill
-from aki.training.trainer import AkiTrainer, Progress, has_whole_checkpoint, last_whole_checkpoint, replace_progress
+from aki.training.start import check_start
+from aki.training.trainer import AkiTrainer, Progress, replace_progress
 from aki.training.view import training_scenes
-
-RESULT = "result.json"
-
-
-class RunError(ValueError):
-    """A run that cannot start as asked."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +65,33 @@ def run_stage(job: Job) -> dict[str, Any]:
     """Train one stage, save model and processor, and return what was measured (also in `output/result.json`).
 
     Raises:
-        RunError: the output holds a run and `resume` is not set, or a run of another recipe.
+        RunError: the output holds a run and `resume` is not set, or a run of another recipe, start or data, or one of
+            which nothing whole is left; or `start_from` holds no model, or one of other sizes than the recipe's.
+        InUseError: another process is training there.
         SourceError, ShardError: data that is not there.
         ResumeError: a number of processes on which the run cannot go on.
         RecipeError: too little is held out.
         TooManyBadSamples: of the data.
         LeakError: the stage's rule does not fit its data.
     """
-    fingerprint = {"stage": job.stage, "recipe": relevant(job.recipe, job.stage)}
-    finished = _finished(job, fingerprint)
-    if finished is not None:
-        return finished
+    arguments = stage_arguments(job)
+    lock = alone(training_folder(job.output) / "lock", f"the output folder {job.output}")
+    with ExitStack() as held:
+
+        def start() -> Begun:
+            held.enter_context(lock)
+            return begin(job.recipe, job.stage, job.output, job.start_from, job.resume)
+
+        begun = first_process(start)
+        return _train(job, arguments, begun.checkpoint) if begun.result is None else begun.result
+
+
+def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> dict[str, Any]:
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
     # Before the data, which may take minutes to read the first time.
-    if job.start_from and not (job.start_from / "config.json").exists():
-        raise RunError(f"{job.start_from} holds no model to start from: run the stage before it first.")
-    arguments = stage_arguments(job)
+    if job.start_from:
+        check_start(recipe, job.start_from)
     rank, ranks = arguments.process_index, arguments.world_size
-    checkpoint = last_whole_checkpoint(_training(job), clear=rank == 0)
     position = load_position(checkpoint, recipe, stage, rank, ranks)
     samples = open_samples(recipe, stage, ranks, position.places)
     set_seed(recipe.seed)
@@ -95,15 +102,22 @@ def run_stage(job: Job) -> dict[str, Any]:
     collators = stage_collators(processor, stage)
     asked = held_out(recipe, stage, collators[0])
     trainer = stage_trainer(job, arguments, model, collators, samples, position, asked)
-    replace_progress(trainer, Progress(job.title or job.stage, _training(job) / "log.txt", job.report))
+    progress = Progress(job.title or job.stage, training_folder(job.output) / "log.txt", job.report)
+    replace_progress(trainer, progress)
     started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except TooManyBadSamples:
         if trainer.loader is not None:
             trainer.loader.report.write(job.output / REPORT)
         raise
-    result = fingerprint | {
+    except LeakError as error:
+        raise type(error)(str(error).replace(CHOOSE_CAUSAL, f"{job.stage}.rule: causal")) from error
+    finally:
+        progress.close()
+    result = {
+        "stage": job.stage,
+        "recipe": relevant(recipe, job.stage),
         "curve": [_point(entry) for entry in trainer.state.log_history if "eval_accuracy" in entry],
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -116,18 +130,11 @@ def run_stage(job: Job) -> dict[str, Any]:
         for name in ("validation", "test"):
             result[name] = _score(job, model, collators[0], getattr(asked, name))
         result |= {"held_out": asked.summary()} if asked.report else {}
-    if stage.task == "question" and stage.order == "text_first":
+    if stage.task == "question" and stage.order in ("text_first", "echo"):
         # Whoever asks this model asks as it was trained.
         processor.chat_template["default"] = collators[0].template
     _save(job, trainer, processor, result)
     return result
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write all of a JSON file or nothing of it."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 def _save(job: Job, trainer: AkiTrainer, processor: AkiProcessor, result: dict[str, Any]) -> None:
@@ -140,6 +147,7 @@ def _save(job: Job, trainer: AkiTrainer, processor: AkiProcessor, result: dict[s
         processor.save_pretrained(job.output)
         if report is not None:
             report.write(job.output / REPORT)
+        result["weights"] = sealed_weights(job.output)
         write_json(job.output / RESULT, result)
     trainer.accelerator.wait_for_everyone()
 
@@ -149,7 +157,7 @@ def stage_arguments(job: Job) -> TrainingArguments:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     own_loader = bool(stage.sources or stage.shards)
     return TrainingArguments(
-        output_dir=str(_training(job)),
+        output_dir=str(training_folder(job.output)),
         max_steps=stage.steps,
         per_device_train_batch_size=stage.batch_size,
         gradient_accumulation_steps=recipe.accumulation(stage, processes),
@@ -205,7 +213,7 @@ def stage_trainer(
     model.config.attention_rule = stage.rule
     model.set_attn_implementation({"text_config": recipe.attention})
     for part in stage.frozen:
-        getattr(model, part).requires_grad_(False)
+        model.parts[part].requires_grad_(False)
     data: dict[str, Any]
     if samples is None:
         assert isinstance(collator.processor, AkiProcessor)
@@ -256,45 +264,15 @@ def _settle_encoder(
     model: AkiForConditionalGeneration, pixel_values: Tensor, recipe: Recipe, device: torch.device
 ) -> None:
     """A frozen encoder runs in the lowest precision that keeps its features, and once a picture if there is a cache."""
-    model.vision_encoder.to(device)
-    model.encoder_dtype = lowest_precision(model.patch_features, pixel_values.to(device))
+    backbone = model.model
+    backbone.vision_encoder.to(device)
+    backbone.encoder_dtype = lowest_precision(model.patch_features, pixel_values.to(device))
     if recipe.feature_cache is not None:
-        model.feature_cache = FeatureCache(recipe.feature_cache, model.vision_encoder, model.encoder_dtype)
+        backbone.feature_cache = FeatureCache(recipe.feature_cache, backbone.vision_encoder, backbone.encoder_dtype)
 
 
 def _load(folder: Path) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
     return AkiForConditionalGeneration.from_pretrained(folder), AkiProcessor.from_pretrained(folder)
-
-
-def _training(job: Job) -> Path:
-    return job.output / "training"
-
-
-def relevant(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """What of the recipe decides this stage's result: all that is not as it is by default."""
-    values = beyond_defaults(recipe)
-    for name in ("report_to", "workers", "name", "cache", "root", "rows", "learning_rates"):
-        values.pop(name, None)
-    if stage == "pretrain":
-        values.pop("sft", None)
-    return values
-
-
-def _finished(job: Job, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-    result = job.output / RESULT
-    # A run that failed before its first checkpoint has nothing to lose.
-    begun = has_whole_checkpoint(_training(job))
-    if not job.resume and (result.exists() or begun):
-        raise RunError(f"{job.output} already holds a run: pass --resume to continue it, or choose another --output.")
-    if not begun and not result.exists():
-        _training(job).mkdir(parents=True, exist_ok=True)
-        if int(os.environ.get("RANK", 0)) == 0:
-            write_json(_training(job) / "run.json", fingerprint)
-        return None
-    recorded = _training(job) / "run.json"
-    if recorded.exists() and json.loads(recorded.read_text()) != fingerprint:
-        raise RunError(f"{job.output} holds a run of another recipe: choose another --output, or delete it.")
-    return json.loads(result.read_text()) if result.exists() else None
 
 
 def _point(entry: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +20,8 @@ from aki.data.feed import Loader
 from aki.data.report import DataReport
 from aki.layout import IGNORE_INDEX
 from aki.models import AkiForConditionalGeneration
+from aki.training.checkpoint import WHOLE, mark_whole
 from aki.training.data import save_position
-
-_WHOLE = "WHOLE"
-"""A file that is written into a checkpoint's folder after everything else."""
 
 
 class AkiTrainer(Trainer):
@@ -72,13 +70,31 @@ class AkiTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the Trainer's; the mark comes last, so that a checkpoint cut off by a kill is never resumed from."""
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            (folder / WHOLE).unlink(missing_ok=True)  # of a damaged one that is written over
+        super()._save_checkpoint(model, trial)
         if self.loader is not None:
             save_position(folder, self.loader, self.args.process_index, self.args.world_size)
+        unlogged = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
+        (folder / f"unlogged-{self.args.process_index}.json").write_text(json.dumps(unlogged))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            (folder / _WHOLE).touch()
+            mark_whole(folder)
+
+    def _run_epoch(self, *args, resume_from_checkpoint: str | None = None, **kwargs) -> None:
+        """As the Trainer's, which forgets the loss since the last log, and takes a step after the last one, when it
+        resumes."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if resume_from_checkpoint is not None:
+            unlogged = Path(resume_from_checkpoint) / f"unlogged-{self.args.process_index}.json"
+            if self.state.global_step == self._initial_global_step and unlogged.exists():
+                found = json.loads(unlogged.read_text())
+                self._tr_loss += found["loss"]
+                self._globalstep_last_logged = found["since"]
+        super()._run_epoch(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
         started = time.perf_counter()
@@ -136,26 +152,6 @@ def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> N
     check_no_leak(get_rule(rule), layout, labels)
 
 
-def has_whole_checkpoint(folder: Path) -> bool:
-    """Whether there is anything to resume from. Deletes nothing: another process may be writing there."""
-    return any(folder.glob(f"checkpoint-*/{_WHOLE}"))
-
-
-def last_whole_checkpoint(folder: Path, clear: bool = True) -> str | None:
-    """The newest checkpoint that was written to the end.
-
-    Args:
-        clear: delete those that were not; one process of a run does.
-    """
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / _WHOLE).exists():
-            whole.append(checkpoint)
-        elif clear:
-            shutil.rmtree(checkpoint)
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
-
-
 class Progress(TrainerCallback):
     """A bar on a terminal or news for a program, and a line a log in `log.txt`.
 
@@ -199,7 +195,8 @@ class Progress(TrainerCallback):
         if self.report is not None:
             self.report({"step": state.global_step, "of": state.max_steps, **self.shown})
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self) -> None:
+        """End the bar's line, whether training ended or failed."""
         if self.bar is not None:
             self.bar.close()
 

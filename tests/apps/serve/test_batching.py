@@ -13,7 +13,7 @@ import torch
 from serving import message, picture_bytes
 
 from aki.apps.serve.batching import Batcher, collate, fit_together
-from aki.apps.serve.images import decoded_image
+from aki.apps.serve.images import decoded_images
 from aki.apps.serve.job import Job, Sampler
 from aki.apps.serve.limits import Limits, Refused
 from aki.apps.serve.schema import ChatRequest
@@ -23,7 +23,7 @@ from aki.apps.serve.text import AnswerText
 def job(engine, text="how many?", shade=None, tokens=6):
     urls = [] if shade is None else ["data:"]
     chat = ChatRequest(model="tiny", messages=[message(text, *urls)])
-    images = [] if shade is None else [decoded_image(picture_bytes(shade), Limits())]
+    images = [] if shade is None else [*decoded_images([picture_bytes(shade)], Limits())]
     inputs = engine.inputs(chat, images)
     return Job(inputs, tokens, AnswerText(engine.tokenizer, []), engine.end_tokens)
 

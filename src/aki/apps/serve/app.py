@@ -7,10 +7,11 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -20,16 +21,21 @@ from starlette.exceptions import HTTPException
 from aki.apps.serve.batching import Batcher
 from aki.apps.serve.engine import Engine
 from aki.apps.serve.gate import Gate
-from aki.apps.serve.images import decoded_image, image_files
+from aki.apps.serve.images import decoded_images, image_files
 from aki.apps.serve.job import Job, Sampler
-from aki.apps.serve.limits import Limits, Refused, failed
+from aki.apps.serve.limits import Limits, Refused, failed, unable
 from aki.apps.serve.metrics import Metrics
 from aki.apps.serve.schema import ChatRequest, usage
 from aki.apps.serve.text import AnswerText
 
 logger = logging.getLogger(__name__)
 
-_DECODERS = 2  # Threads that decode images; each may hold one of the largest size.
+Result = TypeVar("Result")
+
+_DECODERS = 2  # Threads that decode images; each may hold those of one request.
+
+
+_GONE = 499  # What nginx notes of a client that hung up; nobody is there to read it.
 
 
 class Service:
@@ -38,13 +44,18 @@ class Service:
     def __init__(self, engine: Engine, limits: Limits, remote_images: bool, metrics: Metrics):
         self.engine, self.limits, self.remote_images, self.metrics = engine, limits, remote_images, metrics
         self.started = int(time.time())
-        self.readers = ThreadPoolExecutor(_DECODERS, thread_name_prefix="read")
+        # Text has a thread of its own, so that it never waits for pictures.
+        self.readers = {
+            with_images: ThreadPoolExecutor(threads, thread_name_prefix="read")
+            for with_images, threads in ((False, 1), (True, _DECODERS))
+        }
         self.batcher = Batcher(engine, limits, metrics.batch.observe)
         metrics.watch(lambda: len(self.batcher.waiting))
 
     def close(self) -> None:
         self.batcher.close()
-        self.readers.shutdown(cancel_futures=True)
+        for readers in self.readers.values():
+            readers.shutdown(cancel_futures=True)
 
     async def job(self, chat: ChatRequest) -> Job:
         """The request, waiting for the model.
@@ -52,9 +63,7 @@ class Service:
         Raises:
             Refused: it is not one that can be answered.
         """
-        if chat.model != self.engine.name:
-            message = f"this server has the model {self.engine.name!r}, not {chat.model[:100]!r}."
-            raise Refused(404, message, "model_not_found", "model")
+        self.engine.check_name(chat.model)
         with self.batcher.place():
             job = await self._prepared(chat)
             self.batcher.submit(job)
@@ -66,8 +75,11 @@ class Service:
             message = f"the request has {len(urls)} images, this server takes up to {limits.max_images}."
             raise Refused(400, message, "too_many_images", "messages")
         files = await image_files(urls, limits, self.remote_images)
-        loop = asyncio.get_running_loop()
-        inputs = await loop.run_in_executor(self.readers, self._inputs, chat, files)
+        loop, over = asyncio.get_running_loop(), Event()
+        try:
+            inputs = await loop.run_in_executor(self.readers[bool(files)], self._inputs, chat, files, over)
+        finally:
+            over.set()  # Cancelled, the thread that reads would go on.
         sampler = Sampler(chat.temperature, chat.top_p, chat.seed) if chat.temperature else None
         return Job(
             inputs,
@@ -77,8 +89,8 @@ class Service:
             sampler,
         )
 
-    def _inputs(self, chat: ChatRequest, files: list[bytes]) -> dict[str, Any]:
-        return self.engine.inputs(chat, [decoded_image(file, self.limits) for file in files])
+    def _inputs(self, chat: ChatRequest, files: list[bytes], over: Event) -> dict[str, Any]:
+        return self.engine.inputs(chat, decoded_images(files, self.limits, over.is_set))
 
     async def pieces(self, job: Job) -> AsyncIterator[str]:
         first = True
@@ -108,12 +120,20 @@ class EventStream(StreamingResponse):
             self._service.done(self._job)
 
 
-def build_app(engine: Engine, limits: Limits, *, remote_images: bool = False, api_key: str | None = None) -> FastAPI:
+def build_app(
+    engine: Engine,
+    limits: Limits,
+    *,
+    remote_images: bool = False,
+    api_key: str | None = None,
+    hosts: Collection[str] = (),
+) -> FastAPI:
     """The ASGI application of a model.
 
     Args:
         remote_images: whether http(s) URLs of images are fetched, from public addresses.
         api_key: what clients must send; None lets everybody in.
+        hosts: what their Host header may name; none given, anything.
     """
     metrics = Metrics()
 
@@ -124,29 +144,42 @@ def build_app(engine: Engine, limits: Limits, *, remote_images: bool = False, ap
         service.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Gate, limits=limits, metrics=metrics, api_key=api_key)
+    app.add_middleware(Gate, limits=limits, metrics=metrics, api_key=api_key, hosts=hosts)
     app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
+    def route(path: str) -> Callable:
+        return app.api_route(path, methods=["GET", "HEAD"])
+
+    def model_card(service: Service) -> dict[str, Any]:
+        return {"id": engine.name, "object": "model", "created": service.started, "owned_by": "aki"}
+
+    @route("/health")
+    async def health(request: Request) -> dict[str, str]:
+        if not request.app.state.service.batcher.alive:
+            raise unable()
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @route("/metrics")
     async def numbers() -> Response:
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
+    @route("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        created = request.app.state.service.started
-        model = {"id": engine.name, "object": "model", "created": created, "owned_by": "aki"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [model_card(request.app.state.service)]}
+
+    @route("/v1/models/{name:path}")
+    async def one_model(name: str, request: Request) -> dict[str, Any]:
+        engine.check_name(name)
+        return model_card(request.app.state.service)
 
     @app.post("/v1/chat/completions")
     async def complete(chat: ChatRequest, request: Request) -> Response:
         service: Service = request.app.state.service
-        job = await service.job(chat)
+        job = await _unless_gone(request, service.job(chat))
+        if job is None:
+            return Response(status_code=_GONE)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.name}
         if chat.stream:
             with_usage = chat.stream_options is not None and chat.stream_options.include_usage
@@ -160,22 +193,29 @@ async def _whole(service: Service, job: Job, head: dict[str, Any], request: Requ
     async def read() -> str:
         return "".join([piece async for piece in service.pieces(job)])
 
-    answer, gone = asyncio.create_task(read()), asyncio.create_task(_hung_up(request))
     try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            return Response(status_code=499)
-        text = answer.result()
+        text = await _unless_gone(request, read())
     except Exception as error:
         logger.debug("failed", exc_info=error)
         raise failed() from error
     finally:
-        answer.cancel()
-        gone.cancel()
         service.done(job)
+    if text is None:
+        return Response(status_code=_GONE)
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": job.finish}
     spent = usage(job.prompt_tokens, job.tokens)
     return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": spent})
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """What the work gives; None if the client hangs up before, and then the work is cancelled."""
+    working, gone = asyncio.create_task(work), asyncio.create_task(_hung_up(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        gone.cancel()
 
 
 async def _hung_up(request: Request) -> None:
@@ -215,15 +255,16 @@ async def _on_refused(request: Request, refused: Any) -> Response:
 
 async def _on_invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
+    at_fault = first.get("ctx", {}).get("param")
     where = ".".join(str(step) for step in first["loc"][1:])
     said = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         where, said = "", "this is not JSON"
     elif first["type"] in ("model_attributes_type", "missing") and not where:
         said = "send a JSON object, with Content-Type: application/json"
-    message = f"{where or 'the body'}: {said}."
-    return await _on_refused(request, Refused(400, message, "invalid_request", where or None))
+    message = f"{where or at_fault or 'the body'}: {said}."
+    return await _on_refused(request, Refused(400, message, "invalid_request", where or at_fault))
 
 
 async def _on_http(request: Request, error: Any) -> Response:
-    return await _on_refused(request, Refused(error.status_code, f"{error.detail}.", "http_error"))
+    return await _on_refused(request, Refused(error.status_code, f"{error.detail}.", "http_error", None, error.headers))

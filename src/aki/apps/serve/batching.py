@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from aki.apps.serve.engine import Engine
 from aki.apps.serve.job import Event, Job
-from aki.apps.serve.limits import Limits, Refused
+from aki.apps.serve.limits import Limits, Refused, unable
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +49,21 @@ class Batcher:
         self._thread = Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether anybody is there to answer."""
+        return self._thread.is_alive() and not self._closed
+
     @contextmanager
     def place(self) -> Iterator[None]:
         """A place in the queue for a request that is being read.
 
         Raises:
-            Refused: the queue is full.
+            Refused: the queue is full, or the model's thread has ended.
         """
         with self._changed:
+            if not self.alive:
+                raise unable()
             if len(self.waiting) + self.coming >= self.limits.max_waiting:
                 message = f"{self.limits.max_waiting} requests are waiting already: try again later."
                 raise Refused(429, message, "queue_full", headers={"Retry-After": "1"})
@@ -69,7 +76,13 @@ class Batcher:
                 self._changed.notify()
 
     def submit(self, job: Job) -> None:
+        """
+        Raises:
+            Refused: the model's thread has ended.
+        """
         with self._changed:
+            if not self.alive:
+                raise unable()
             self.waiting.append(job)
             self._changed.notify()
 
@@ -88,16 +101,29 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while batch := self._next_batch():
-            self._answer(batch)
+        batch: list[Job] = []
+        try:
+            while self._await_work():
+                batch = self._next_batch()
+                self._answer(batch)
+        finally:  # Whatever ended this thread, nobody must wait for it.
+            with self._changed:
+                self._closed, left = True, [job for job in [*batch, *self.waiting] if job.finish is None]
+                self.waiting.clear()
+            self._deliver([(job, RuntimeError("the model's thread has ended")) for job in left])
 
-    def _next_batch(self) -> list[Job]:
-        """The oldest request and those that can go with it; none when closed."""
+    def _await_work(self) -> bool:
+        """Whether there is any; False when closed and nothing is left."""
         with self._changed:
             self._changed.wait_for(lambda: self.waiting or self._closed)
             until = time.monotonic() + WAIT
             while self.coming and len(self.waiting) < self.limits.max_batch and time.monotonic() < until:
                 self._changed.wait(until - time.monotonic())
+            return not self._closed or bool(self.waiting)
+
+    def _next_batch(self) -> list[Job]:
+        """The oldest request and those that can go with it; none where all have hung up meanwhile."""
+        with self._changed:
             batch: list[Job] = []
             for job in list(self.waiting):
                 if len(batch) < self.limits.max_batch and fit_together([*batch, job], self.engine.batch_context):
@@ -109,8 +135,8 @@ class Batcher:
         batch = [job for job in batch if not job.cancelled and job.finish is None]
         if not batch:
             return
-        self.on_batch(len(batch))
         try:
+            self.on_batch(len(batch))
             self._generate(batch)
         except Exception as error:
             logger.exception("a batch of %d failed", len(batch))

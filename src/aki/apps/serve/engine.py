@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 from aki.apps.loading import load
 from aki.apps.serve.limits import Limits, Refused
 from aki.apps.serve.schema import ChatRequest
-from aki.attention.families import media_token_ids
-from aki.models import AkiConfig, AkiProcessor
+from aki.models import AkiProcessor
+from aki.models.plain_text import as_text
 
 _TEMPLATE = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
@@ -41,12 +42,9 @@ class Engine:
         self.end_tokens = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         pads = [self.tokenizer.pad_token_id, *sorted(self.end_tokens), 0]
         self.pad_token_id = next(pad for pad in pads if pad is not None)
-        ids = [media.token_id for media in model.config.media.values()] if isinstance(model.config, AkiConfig) else None
-        ids = ids if ids is not None else list(media_token_ids(model.config, processor))
-        named = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio", "boi")]
-        self.placeholders = {str(t) for t in [*self.tokenizer.convert_ids_to_tokens(ids), *named] if t}
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))
-        self._lock = Lock()  # A tokenizer is not for several threads at once.
+        # A processor is not for several threads at once, and text must not wait while pictures go through one.
+        self._processors = {False: (processor, Lock()), True: (copy.deepcopy(processor), Lock())}
 
     @classmethod
     def from_folder(cls, folder: str, unlocked: bool) -> Engine:
@@ -69,17 +67,24 @@ class Engine:
         Raises:
             Refused: the processor or its chat template won't have this chat.
         """
-        if any(token in text for text in chat.texts() for token in self.placeholders):
-            names = ", ".join(sorted(self.placeholders))
-            raise _refused(f"the text of a message must not hold the model's own media tokens ({names}).")
         self._check_length(sum(map(len, chat.texts())))
         # Others write the tokens that begin a text into their template, or leave them to the tokenizer.
         own = {"processor_kwargs": {"add_special_tokens": False}} if isinstance(self.processor, AkiProcessor) else {}
+        processor, lock = self._processors[bool(images)]
         try:
-            with self._lock:
-                return dict(self.processor.apply_chat_template(chat.chat(images), **_TEMPLATE, **own))
+            with lock, as_text(processor, chat.chat(images)) as messages:
+                return dict(processor.apply_chat_template(messages, **_TEMPLATE, **own))
         except (ValueError, TemplateError) as error:
             raise _refused(f"the chat cannot be made into a prompt: {error}") from error
+
+    def check_name(self, name: str) -> None:
+        """
+        Raises:
+            Refused: a client asks for another model.
+        """
+        if name != self.name:
+            message = f"this server has the model {self.name!r}, not {name[:100]!r}."
+            raise Refused(404, message, "model_not_found", "model")
 
     def _check_length(self, characters: int) -> None:
         """A text that cannot fit is refused before it is made into tokens, which takes its time and the tokenizer."""
@@ -93,10 +98,10 @@ class Engine:
         Raises:
             Refused: more were asked for than there is room.
         """
-        asked = chat.asked_tokens
+        param, asked = chat.asked_tokens
         if asked is not None and asked > limits.max_tokens:
             message = f"{asked} new tokens were asked for, this server gives up to {limits.max_tokens}."
-            raise Refused(400, message, "too_many_tokens", "max_tokens")
+            raise Refused(400, message, "too_many_tokens", param)
         room = limits.max_tokens if self.context is None else min(self.context - prompt, limits.max_tokens)
         if room < (asked or 1):
             message = f"the prompt has {prompt} tokens, and with the answer the model has room for {self.context}."

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
+from collections.abc import Collection
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -23,6 +25,10 @@ MOST_COMMAS = 100_000
 """In a body: one of nothing but small values would keep the server from everybody else while it is read."""
 
 
+_HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:\d*)?")
+"""A name or an address, and a port."""
+
+
 class Gate:
     """An ASGI application around another.
 
@@ -30,8 +36,8 @@ class Gate:
     that is answered while it writes might never read the answer.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None):
-        self.app, self.limits, self.metrics = app, limits, metrics
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None, hosts: Collection[str]):
+        self.app, self.limits, self.metrics, self.hosts = app, limits, metrics, hosts
         self._key = None if api_key is None else api_key.encode()
         self._held = 0
 
@@ -42,6 +48,7 @@ class Gate:
         send = self._counting(scope, send)
         body = bytearray()
         try:
+            self._check_host(scope)
             self._check_key(scope)
             await self._read(body, receive)
             await self.app(scope, _again(bytes(body), receive), send)
@@ -56,12 +63,20 @@ class Gate:
         finally:
             self._held -= len(body)
 
+    def _check_host(self, scope: Scope) -> None:
+        """A page in a browser can lead a name of its own here, but not call itself localhost."""
+        named = _HOST.fullmatch(dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower())
+        if self.hosts and (named is None or named[1] not in self.hosts):
+            message = f"the Host header must name this machine as one of {', '.join(self.hosts)}."
+            raise Refused(400, message, "unknown_host")
+
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] == "/health":
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         if not hmac.compare_digest(given, b"Bearer " + self._key):
-            raise Refused(401, "this server wants an API key: Authorization: Bearer KEY.", "invalid_api_key")
+            message = "this server wants an API key: Authorization: Bearer KEY."
+            raise Refused(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _read(self, body: bytearray, receive: Receive) -> None:
         refused: Refused | None = None

@@ -12,8 +12,8 @@ class Limits:
     max_body_mb: int = 20
     """Megabytes of the body, and of its remote images together."""
     max_images: int = 8
-    max_megapixels: int = 25
-    """Of one image, before it is decoded."""
+    max_megapixels: int = 50
+    """Of all images together, before they are decoded."""
     max_tokens: int = 1024
     """New tokens of an answer; what a request gets that asks for no number."""
     max_batch: int = 32
@@ -61,3 +61,8 @@ class Refused(Exception):
 def failed() -> Refused:
     """What a client gets to know of a fault of the server."""
     return Refused(500, "the server failed on this request; its log says how.", "server_error")
+
+
+def unable() -> Refused:
+    """What a client gets to know where nobody can answer it."""
+    return Refused(503, "the server's model has stopped; its log says why.", "server_error")

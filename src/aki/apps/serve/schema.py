@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MOST_ITEMS = 1000
 """Messages of a chat, and parts of a message: a body of nothing else would keep the server busy with reading it."""
@@ -15,6 +16,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "logprobs": (False,),
     "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
     "logit_bias": ({},),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
@@ -42,6 +46,10 @@ def _text_as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+def _none_as_nothing(content: Any) -> Any:
+    return [] if content is None else _text_as_parts(content)
+
+
 def _one_as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -59,8 +67,10 @@ class Prompting(BaseModel):
 
 
 class Answering(BaseModel):
+    """What was answered before. Without content it is a call of tools, which no model here makes: an empty turn."""
+
     role: Literal["assistant"]
-    content: Annotated[list[TextPart], Field(max_length=MOST_ITEMS), BeforeValidator(_text_as_parts)]
+    content: Annotated[list[TextPart], Field(max_length=MOST_ITEMS), BeforeValidator(_none_as_nothing)] = []
 
 
 class StreamOptions(BaseModel):
@@ -92,19 +102,21 @@ class ChatRequest(BaseModel):
     def _refuse_what_would_be_ignored(self) -> ChatRequest:
         for name, value in (self.model_extra or {}).items():
             if value is not None and name not in _WITHOUT_EFFECT and value not in _NEUTRAL.get(name, ()):
-                raise ValueError(f"the parameter {name[:50]!r} is not supported here: leave it out")
+                raise _wrong(name[:50], f"the parameter {name[:50]!r} is not supported here: leave it out")
         try:
             for text in self.texts():
                 text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError("the text of a message is not Unicode") from error
+            raise _wrong("messages", "the text of a message is not Unicode") from error
         if self.messages[-1].role != "user":
-            raise ValueError("the last message must be the user's")
+            raise _wrong("messages", "the last message must be the user's")
         return self
 
     @property
-    def asked_tokens(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+    def asked_tokens(self) -> tuple[str, int | None]:
+        """The name of the parameter that says how many, and what it says."""
+        newer = self.max_completion_tokens
+        return ("max_tokens", self.max_tokens) if newer is None else ("max_completion_tokens", newer)
 
     def images(self) -> list[str]:
         """The URLs of all images, in order."""
@@ -129,6 +141,10 @@ class ChatRequest(BaseModel):
 
     def _parts(self) -> list[Part]:
         return [part for message in self.messages for part in message.content]
+
+
+def _wrong(param: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("wrong", "{said}", {"said": message, "param": param})
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from aki.apps.serve.app import build_app
 from aki.apps.serve.engine import Engine
-from aki.apps.serve.limits import Limits
+from aki.apps.serve.limits import Limits, Refused
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 GRACE = 300
 """Seconds that running answers have to come to their end after SIGTERM."""
+
+
+MOST_CONNECTIONS = 4096
+"""At a time, where the process may have that many open files."""
+RESERVED = 32
+"""Open files that are kept for the rest of the process."""
+_REFUSAL = Refused(503, "the server has as many connections as it can keep: try again later.", "too_many_connections")
+_BODY = json.dumps(_REFUSAL.body).encode()
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+    b"Retry-After: 1\r\nConnection: close\r\n\r\n%s" % (len(_BODY), _BODY)
+)
 
 
 class ImpatientProtocol(H11Protocol):
@@ -63,6 +77,42 @@ class ImpatientProtocol(H11Protocol):
         self._timer = None
 
 
+class Listener(socket.socket):
+    """A listening socket that accepts no more connections than this process can keep open.
+
+    At a process's limit of open files asyncio tries again at once and for ever, and what is connected already starves.
+    """
+
+    most = RESERVED
+
+    @classmethod
+    def at(cls, host: str, port: int) -> Listener:
+        """
+        Raises:
+            OSError, OverflowError: the address cannot be had.
+        """
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = cls(fileno=socket.create_server((host, port), family=family).detach())
+        # asyncio leaves it out for sockets that it did not make: a kept connection would wait 40 ms for each answer.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        files = MOST_CONNECTIONS if files == resource.RLIM_INFINITY else min(files, MOST_CONNECTIONS)
+        listener.most = files - min(RESERVED, files // 2)
+        return listener
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """As a socket's own; those beyond the limit get their refusal here."""
+        while True:
+            connection, address = super().accept()
+            # The lowest number that is free is given out, so it says how many files are open.
+            if connection.fileno() < self.most:
+                return connection, address
+            with connection, suppress(OSError):
+                connection.setblocking(False)
+                connection.send(_FULL)
+                connection.shutdown(socket.SHUT_WR)
+
+
 def serve(engine: Engine, host: str, port: int, limits: Limits, *, remote_images: bool, api_key: str | None) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is running and return.
 
@@ -72,14 +122,12 @@ def serve(engine: Engine, host: str, port: int, limits: Limits, *, remote_images
     Raises:
         OSError: the address is taken, or none of this machine's.
     """
-    app = build_app(engine, limits, remote_images=remote_images, api_key=api_key)
-    if host in LOCAL:
-        # A page in a browser can lead a name of its own here, but not call itself localhost.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"])
-    elif api_key is None:
+    hosts = LOCAL if host in LOCAL else ()
+    app = build_app(engine, limits, remote_images=remote_images, api_key=api_key, hosts=hosts)
+    if not hosts and api_key is None:
         print(f"aki: {host} can be reached by others, and there is no --api-key.", file=sys.stderr)
     try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = Listener.at(host, port)
     except (OSError, OverflowError) as error:
         raise OSError(f"port {port} of {host} cannot be had: {getattr(error, 'strerror', None) or error}.") from error
     protocol = type("Protocol", (ImpatientProtocol,), {"patience": limits.patience})

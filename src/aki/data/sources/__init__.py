@@ -16,10 +16,11 @@ from aki.data.sources.llava import LlavaConversations, LlavaInstruct, LlavaPairs
 from aki.data.sources.messages import Messages
 from aki.data.sources.ocrvqa import OCRVQA
 from aki.data.sources.regions import RefCOCO, RefCOCOg, RefCOCOPlus, VisualGenome
+from aki.data.sources.scenes import Scenes
 from aki.data.sources.vqav2 import VQAv2
 from aki.data.sources.vsr import VSR
 
-SOURCES: dict[str, type[Source]] = {
+SOURCES: dict[str, type[Source] | type[Scenes]] = {
     "vqav2": VQAv2,
     "gqa": GQA,
     "vsr": VSR,
@@ -36,15 +37,16 @@ SOURCES: dict[str, type[Source]] = {
     "messages": Messages,
     "captions": Captions,
     "datasets": DatasetColumns,
+    "scenes": Scenes,
 }
-"""The paper's eleven (section 4), and what users bring."""
+"""The paper's eleven (section 4), what users bring, and scenes of real things."""
 
 __all__ = ["SOURCES", "Source", "SourceError", "open_source"]
 
 
 def open_source(
     kind: str, *, annotations: Paths, images: Paths | None = None, name: str | None = None, **options: Any
-) -> Source:
+) -> Source | Scenes:
     """Open a source; its annotations are parsed the first time, which for large files takes minutes.
 
     Args:

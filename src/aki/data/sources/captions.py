@@ -15,6 +15,7 @@ from aki.data.report import BadSample, Reason
 from aki.data.schema import assistant, user
 from aki.data.sources.base import Source, said
 from aki.data.sources.files import Columns, ImageRoots, Paths, Row, json_lines
+from aki.models.images import FORMATS
 
 METADATA = "metadata.jsonl"
 
@@ -49,7 +50,7 @@ class Captions(Source):
 
     def _read(self, name: Path) -> str:
         try:
-            return self.texts.find(str(name)).read_text(encoding="utf-8")
+            return self.texts.find(str(name)).read_text(encoding="utf-8-sig")
         except BadSample as bad:
             raise BadSample(Reason.EMPTY_TEXT, f"the picture has no caption: {bad.detail}") from bad
         except (OSError, UnicodeDecodeError) as error:
@@ -59,10 +60,11 @@ class Captions(Source):
 def _beside(folder: Path) -> Iterator[Row | BadSample]:
     """Every picture, and every caption without one, below a folder."""
     Image.init()
+    endings = {ending for ending, kind in Image.EXTENSION.items() if kind in FORMATS}
     for place, below, names in os.walk(folder):
         below.sort()
         inside = Path(place).relative_to(folder)
-        pictures = sorted(name for name in names if Path(name).suffix.lower() in Image.EXTENSION)
+        pictures = sorted(name for name in names if Path(name).suffix.lower() in endings)
         for name in pictures:
             yield {"file_name": str(inside / name), "text": None}
         stems = {Path(name).stem for name in pictures}

@@ -8,6 +8,8 @@ from random import Random
 from typing import Any
 
 import datasets
+import pandas
+from datasets.packaged_modules.csv.csv import CsvConfig
 
 from aki.data.augment import View
 from aki.data.schema import assistant
@@ -25,7 +27,8 @@ class DatasetColumns(Source):
     Args:
         columns: the data set's column for `answer` and, where there are, `question` and `image`; or for `messages`
             (and `image`, for image parts that name none themselves). `id` is the row's number if absent. An image is a
-            picture, its bytes, its name below `images`, or a list of these.
+            picture, its bytes, its name below `images`, or a list of these. Questions and answers may be numbers;
+            those of a CSV file are what stands in it, "007" and "None" too.
         split: of a data set that has several.
     """
 
@@ -70,13 +73,18 @@ class DatasetColumns(Source):
 
     def _messages(self, values: Row) -> list[Row]:
         image = values.get("image")
-        images = image if isinstance(image, list) else [] if image is None else [image]
+        images = image if isinstance(image, list) else [] if image in (None, "") else [image]
         if "messages" in values:
             return plain_messages(values["messages"], images)
         asked = [{"type": "image"} for _ in images]
         if "question" in values:
-            asked.append({"type": "text", "text": values["question"]})
-        return plain_messages([{"role": "user", "content": asked}, assistant(values["answer"])], images)
+            asked.append({"type": "text", "text": _written(values["question"])})
+        return plain_messages([{"role": "user", "content": asked}, assistant(_written(values["answer"]))], images)
+
+
+def _written(value: Any) -> Any:
+    """A number as text."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def open_dataset(paths: list[str | Path], split: str, cache: str | Path | None) -> datasets.Dataset:
@@ -91,13 +99,23 @@ def open_dataset(paths: list[str | Path], split: str, cache: str | Path | None) 
         if (first / "state.json").exists() or (first / "dataset_dict.json").exists():
             opened = datasets.load_from_disk(str(first))
             return opened[split] if isinstance(opened, datasets.DatasetDict) else opened
+        where: dict[str, Any] = {"path": str(paths[0])}
         if first.is_file():
-            files = [str(path) for path in paths]
-            reader = READERS[first.suffix]
-            return datasets.load_dataset(reader, data_files={split: files}, split=split, cache_dir=cache_dir)
-        return datasets.load_dataset(str(paths[0]), split=split, cache_dir=cache_dir)
+            where = {"path": READERS[first.suffix], "data_files": {split: [str(path) for path in paths]}}
+        return _load(split, **where, cache_dir=cache_dir)
     # What the library raises at a file without rows is an IndexError or a StopIteration.
     except (LookupError, StopIteration, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         nothing = isinstance(error, LookupError | StopIteration)
         why = "it holds no rows, or no such split." if nothing else str(error.__cause__ or error).partition("\n")[0]
         raise SourceError(f"{paths[0]} with the split {split!r} cannot be opened by `datasets`: {why}") from error
+
+
+def _load(split: str, **where: Any) -> datasets.Dataset:
+    """As the library does, which takes "NA" in a CSV file for nothing and "007" for 7; here it is what stands there."""
+    config = datasets.load_dataset_builder(**where).config
+    if isinstance(config, CsvConfig):
+        heads = pandas.read_csv(config.data_files[split][0], sep=config.sep, nrows=0, encoding="utf-8-sig").columns
+        texts = datasets.Features({name: datasets.Value("string") for name in heads})
+        options = {"features": texts, "keep_default_na": False, "encoding": "utf-8-sig"}
+        return datasets.load_dataset(**where, split=split, **options)
+    return datasets.load_dataset(**where, split=split)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
+import re
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ijson
 
@@ -18,6 +20,11 @@ Paths = str | Path | Sequence[str | Path]
 Row = dict[str, Any]
 Columns = dict[str, str | list[str]]
 """The Arrow type of each column: string, int64, float64, or [one of them] for a list."""
+
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2}", re.DOTALL
+)
+"""What may be half of a surrogate pair in JSON."""
 
 
 class SourceError(ValueError):
@@ -99,16 +106,19 @@ def _stat(path: Path) -> tuple[str, int, int]:
 
 def json_items(path: Path, prefix: str = "item") -> Iterator[Any]:
     """The values below a prefix of a JSON file, one after another ("item" is a list's entries)."""
-    return _stream(path, prefix, ijson.items)
+    return _stream(path, prefix, "items")
 
 
 def json_pairs(path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The keys and values of an object in a JSON file, one after another."""
-    return _stream(path, prefix, ijson.kvitems)
+    return _stream(path, prefix, "kvitems")
 
 
-def _stream(path: Path, prefix: str, read: Callable[..., Iterator[Any]]) -> Iterator[Any]:
+def _stream(path: Path, prefix: str, how: str) -> Iterator[Any]:
     with path.open("rb") as file:
+        # The fast parser ends at half of a surrogate pair; the slow one leaves it to be counted with its entry.
+        parser = ijson.get_backend("python") if _has_half_pair(file) else ijson
+        read: Callable[..., Iterator[Any]] = getattr(parser, how)
         if file.read(len(BOM_UTF8)) != BOM_UTF8:
             file.seek(0)
         try:
@@ -116,6 +126,13 @@ def _stream(path: Path, prefix: str, read: Callable[..., Iterator[Any]]) -> Iter
         except ijson.JSONError as error:
             said = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
             raise SourceError(f"{path} is not whole and valid JSON: {said.splitlines()[0]}") from error
+
+
+def _has_half_pair(file: BinaryIO) -> bool:
+    if not os.fstat(file.fileno()).st_size:
+        return False
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _HALF_PAIR.search(content) is not None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -1,0 +1,23 @@
+"""What differs between the releases of transformers that aki runs under; nothing else asks which one it is.
+
+Each name says why it is there and the release from which, once it is the oldest declared, it can go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# 5.24 calls a model's cache `cache`; before it was `past_key_values`, which 5.24 to 5.39 still take from a caller.
+# CACHE can go with 5.24, the old name with 5.40.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+
+
+def given_cache(inputs: Mapping[str, Any]) -> Cache | None:
+    """The cache among a model's inputs, whichever its name: hooks see what the caller wrote. Can go with 5.40."""
+    return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)

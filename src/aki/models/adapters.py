@@ -1,0 +1,41 @@
+"""Folders that hold an adapter (LoRA and its like), which is no model without the one that it was trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_ADAPTER = "adapter_config.json"
+
+
+def adapter_of(folder: str | Path) -> str | None:
+    """The model that the adapter in a folder belongs to; None where there is no adapter, or a model beside it."""
+    if not (Path(folder) / _ADAPTER).is_file() or (Path(folder) / "config.json").exists():
+        return None
+    try:
+        return str(json.loads((Path(folder) / _ADAPTER).read_text()).get("base_model_name_or_path"))
+    except (ValueError, AttributeError):
+        return "a model that it does not name"
+
+
+@contextmanager
+def model_of_adapter(folder: str | Path) -> Iterator[None]:
+    """Say what a folder lacks, where transformers speaks of the internet.
+
+    Raises:
+        ValueError: there is an adapter in the folder and its model cannot be loaded, or no model at all.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        base = adapter_of(folder)
+        if base is None:
+            if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
+                raise ValueError(f"{folder} holds no model: there is no config.json in it.") from error
+            raise
+        raise ValueError(
+            f"{folder} holds an adapter alone, and its model, {base}, is not there: merge the two (merge_and_unload of "
+            "peft), save model and processor in one folder, and name that."
+        ) from error

@@ -1,0 +1,110 @@
+"""From pictures, videos and audio to embeddings of the language model: encoders, and the connectors behind them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from aki.layout import IMAGE, VIDEO
+from aki.models.checks import check_size, check_takes_one_input
+from aki.models.configuration import AkiConfig
+from aki.models.media import Media
+
+
+class AkiEncodingMixin:
+    """For the backbone and for what stands on it: `base_model`, the backbone, holds encoders and connectors.
+
+    Each method gives `last_hidden_state`, the encoder's features (pictures, tokens, its width; of videos one row a
+    frame), and `pooler_output`, the embeddings (items, embeddings an item, text width).
+    """
+
+    config: AkiConfig
+    base_model: Any
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Features and embeddings of images.
+
+        Args:
+            pixel_values: (images, channels, height, width).
+            kwargs: of the encoder, as `output_hidden_states`; and `return_dict`.
+
+        Raises:
+            ValueError: the images are not of the encoder's size.
+        """
+        return encode_media(self.base_model, "pixel_values", pixel_values, **kwargs)
+
+    @can_return_tuple
+    def get_video_features(self, pixel_values_videos: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """As `get_image_features`, of videos: (videos, config.video_frames, channels, height, width)."""
+        return encode_media(self.base_model, "pixel_values_videos", pixel_values_videos, **kwargs)
+
+    @can_return_tuple
+    def get_audio_features(self, input_features: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """As `get_image_features`, of audio clips: (clips, mel bins, time)."""
+        return encode_media(self.base_model, "input_features", input_features, **kwargs)
+
+    def patch_features(self, pixel_values: Tensor) -> Tensor:
+        """The vision encoder's features of images, (images, patches, width)."""
+        media = self.config.media["pixel_values"]
+        return patches_of(media, run_encoder(self.base_model, media, pixel_values))
+
+
+def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or its encoder where a decoder comes with it, as Whisper's.
+
+    Raises:
+        ValueError: it wants more than one input.
+    """
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+    check_takes_one_input(encoder)
+    return encoder
+
+
+def encode_media(backbone: Any, name: str, values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    """Features and embeddings of one kind of media, by the name of its input."""
+    if name not in backbone.config.media:
+        raise ValueError(
+            f"this model has no encoder for {name}: give its AkiConfig a video_config or an audio_config, "
+            "with a placeholder."
+        )
+    media = backbone.config.media[name]
+    check_size(name, media, values)
+    if name == "pixel_values" and backbone.feature_cache is not None:
+        patches = backbone.feature_cache(values, backbone.patch_features)
+        encoded = BaseModelOutput(last_hidden_state=patches)
+    else:
+        encoded = run_encoder(backbone, media, values.flatten(0, 1) if media.modality == VIDEO else values, **kwargs)
+        patches = patches_of(media, encoded)
+    connector = backbone.get_submodule(media.connector)
+    embeds = connector(patches.to(next(connector.parameters()).dtype))
+    return BaseModelOutputWithPooling(
+        last_hidden_state=encoded.last_hidden_state,
+        pooler_output=embeds.unflatten(0, (-1, media.frames)).flatten(1, 2),
+        hidden_states=encoded.hidden_states,
+        attentions=encoded.attentions,
+    )
+
+
+def patches_of(media: Media, encoded: BaseModelOutput) -> Tensor:
+    """Class and register tokens come before the patches."""
+    return encoded.last_hidden_state[:, -media.num_features :]
+
+
+def run_encoder(backbone: Any, media: Media, values: Tensor, **kwargs) -> BaseModelOutput:
+    """An encoder's output; a frozen encoder runs without gradient."""
+    encoder: nn.Module = backbone.get_submodule(media.encoder)
+    learns = any(parameter.requires_grad for parameter in encoder.parameters())
+    # It was settled on pictures; where it is, an autocast around the model changes nothing.
+    lower = backbone.encoder_dtype if media.modality == IMAGE else None
+    precision = (
+        nullcontext() if lower is None else torch.autocast(values.device.type, lower, enabled=lower != encoder.dtype)
+    )
+    with torch.set_grad_enabled(torch.is_grad_enabled() and learns), precision:
+        return encoder(values.to(encoder.dtype), return_dict=True, **kwargs)

@@ -1,0 +1,179 @@
+"""The folder of a run: who may write into it, what it was begun with, and whether it is finished."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from aki.files import checksum, write_json
+from aki.training.checkpoint import (
+    DamagedError,
+    Sealed,
+    check_sealed,
+    has_whole_checkpoint,
+    last_whole_checkpoint,
+    sealed,
+)
+from aki.training.data_files import data_files
+from aki.training.recipe import Recipe, beyond_defaults
+
+logger = logging.getLogger(__name__)
+
+RESULT = "result.json"
+_WEIGHTS = ("*.safetensors", "*.bin")
+_BESIDE = ("config.json", "processor_config.json")
+
+Found = TypeVar("Found")
+
+
+class RunError(ValueError):
+    """A run that cannot start as asked."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What there is of a run.
+
+    Attributes:
+        result: of one that is finished.
+        checkpoint: to go on from; None is the start.
+    """
+
+    result: dict[str, Any] | None = None
+    checkpoint: Path | None = None
+
+
+def first_process(act: Callable[[], Found]) -> Found:
+    """Act in the first of a run's processes; all get what it returns, or what it raises."""
+    found: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found[0] = act()
+        except Exception as error:
+            found[1] = error
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def training_folder(output: Path) -> Path:
+    """Where a run's checkpoints and logs lie."""
+    return output / "training"
+
+
+def begin(recipe: Recipe, stage: str, output: Path, start_from: Path | None, resume: bool) -> Begun:
+    """Begin a run in a folder, or find what there is of it.
+
+    Raises:
+        RunError: it holds a run and `resume` is not set, or one of another recipe, start or data, or nothing of it can
+            be used.
+    """
+    training, result = training_folder(output), output / RESULT
+    if not result.exists() and not has_whole_checkpoint(training):
+        # A run that failed before its first checkpoint has nothing to lose.
+        write_json(training / "run.json", _inputs(recipe, stage, start_from))
+        last_whole_checkpoint(training)  # clears what a kill left
+        return Begun()
+    if not resume:
+        raise RunError(f"{output} already holds a run: pass --resume to continue it, or choose another --output.")
+    if (training / "run.json").exists():
+        now = _inputs(recipe, stage, start_from)
+        _check_inputs(output, now | json.loads((training / "run.json").read_text()), now)
+    try:
+        return _what_is_left(output)
+    except DamagedError as error:
+        raise RunError(f"{error}. Choose another --output, or delete {output} to train it again.") from error
+
+
+def _what_is_left(output: Path) -> Begun:
+    """
+    Raises:
+        DamagedError: neither the model of a finished run is whole, nor is a checkpoint.
+    """
+    training = training_folder(output)
+    if not (output / RESULT).exists():
+        return Begun(checkpoint=last_whole_checkpoint(training))
+    result = json.loads((output / RESULT).read_text())
+    try:
+        _check_model(output, result)
+    except DamagedError as error:
+        checkpoint = last_whole_checkpoint(training)
+        if checkpoint is None:
+            raise DamagedError(f"{error}, and there is no checkpoint to make it from") from error
+        logger.warning("%s: it is made again, from %s.", error, checkpoint)
+        return Begun(checkpoint=checkpoint)
+    return Begun(result)
+
+
+def _check_model(output: Path, result: dict[str, Any]) -> None:
+    """
+    Raises:
+        DamagedError: the model of a finished run is not there any more, or another.
+    """
+    check_sealed(output, result.get("weights", {}))
+    if not any(_weights(output)):
+        raise DamagedError(f"the weights in {output} are gone")
+    for name in _BESIDE:
+        if not (output / name).exists():
+            raise DamagedError(f"{output / name} is gone")
+
+
+def sealed_weights(folder: Path) -> Sealed:
+    """What the weights in a model's folder are."""
+    return sealed(folder, (path.name for path in _weights(folder)))
+
+
+def relevant(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """What of the recipe decides this stage's result: all that is not as it is by default."""
+    values = beyond_defaults(recipe)
+    for name in ("report_to", "workers", "name", "cache", "root", "rows", "learning_rates"):
+        values.pop(name, None)
+    if stage == "pretrain":
+        values.pop("sft", None)
+    return values
+
+
+def _inputs(recipe: Recipe, stage: str, start_from: Path | None) -> dict[str, Any]:
+    """All that decides a run's result. Pictures are taken as they are."""
+    return {
+        "stage": stage,
+        "recipe": relevant(recipe, stage),
+        "start_from": start_from and str(start_from.resolve()),
+        "start_weights": {path.name: checksum(path) for path in _weights(start_from)} if start_from else {},
+        "data": data_files(recipe, recipe.stage(stage)),
+    }
+
+
+def _check_inputs(output: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """
+    Raises:
+        RunError: the run in the folder was begun with something else.
+    """
+    if any(then[name] != now[name] for name in ("stage", "recipe")):
+        raise RunError(f"{output} holds a run of another recipe: choose another --output, or delete it.")
+    # A folder may have moved; and what a run started from may be gone when it is finished.
+    same = "start_weights" if now["start_weights"] else "start_from"
+    if then[same] != now[same]:
+        raise RunError(
+            f"{output} holds a run that started from {then['start_from'] or 'new weights'} as it was then, now it is "
+            f"{now['start_from'] or 'new weights'}: choose another --output, or delete it."
+        )
+    changed = [name for name, what in now["data"].items() if then["data"].get(name, what) != what]
+    if changed:
+        raise RunError(
+            f"{output} holds a run over other data: {', '.join(changed[:3])} changed since it began. Put them back as "
+            "they were, or choose another --output."
+        )
+
+
+def _weights(folder: Path) -> Iterator[Path]:
+    for pattern in _WEIGHTS:
+        yield from folder.glob(pattern)
