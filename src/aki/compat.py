@@ -21,3 +21,7 @@ CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fi
 def given_cache(inputs: Mapping[str, Any]) -> Cache | None:
     """The cache among a model's inputs, whichever its name: hooks see what the caller wrote. Can go with 5.40."""
     return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
+
+
+# SigLIP's model read this field of its configuration before the configuration declared it, in 5.23. Can go with 5.23.
+UNDECLARED_FIELDS = {"siglip_vision_model": ("vision_use_head",)}

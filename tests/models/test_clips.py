@@ -317,7 +317,7 @@ class TestClips:
             parts()[0].apply_chat_template([say({"type": "audio"}, "no")])
 
     def test_more_tokens_than_clips(self, parts):
-        with pytest.raises(ValueError, match="2 <audio> tokens and 1 audio"):
+        with pytest.raises(ValueError, match="2 <audio> tokens in the text and 1 audio"):
             parts()[0](text="<audio><audio>", audio=[tone()])
 
     def test_audio_needs_an_extractor_and_a_token(self, processor):

@@ -296,7 +296,7 @@ class TestText:
         ("text", "count"), [("<image> what", 2), ("<image><image> what", 1), ("what", 1), ("<image> what", 0)]
     )
     def test_more_or_fewer_images_than_placeholders(self, processor, picture, text, count):
-        with pytest.raises(ValueError, match=r"<image> tokens in the (prompts|text)"):
+        with pytest.raises(ValueError, match=r"<image> tokens in the text and [0-9] image"):
             processor(images=[picture()] * count or None, text=text)
 
     def test_images_of_another_text(self, processor, picture):
@@ -339,7 +339,7 @@ class TestBadInput:
             processor.apply_chat_template(chat, **TOKENIZE)
 
     def test_a_placeholder_typed_by_hand(self, processor):
-        with pytest.raises(ValueError, match="no images were passed"):
+        with pytest.raises(ValueError, match=r"found 1 <image> tokens in the text and 0 image\(s\)"):
             processor.apply_chat_template([user("this <image> ?")], **TOKENIZE)
 
     def test_an_image_that_is_not_there(self, processor, tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from aki.models.processing import AkiProcessor
+from aki.models.processing import AkiProcessor, tokens_in
 
 _STEPS = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 _OTHER_STEPS = ("do_center_crop", "do_pad")
@@ -72,9 +72,7 @@ class FastInputs:
     def __init__(self, processor: AkiProcessor, template: str | None):
         self.pixels = FastPixels(processor.image_processor)
         self.processor, self.tokenizer = processor, processor.tokenizer
-        templates = processor.chat_template
-        named = templates if isinstance(templates, dict) else {"default": templates}
-        self.template = named.get(template or "default", template)
+        self.template = processor.template(template)
 
     def __call__(self, messages: list[dict[str, Any]], raw_pixels: bool = False) -> dict[str, Tensor]:
         """
@@ -92,11 +90,7 @@ class FastInputs:
             **self.tokenizer.special_tokens_map,
         )
         encoded = self.tokenizer.backend_tokenizer.encode(texts[0], add_special_tokens=False)
-        answers = [0] * len(encoded)
-        for start, end in spans[0]:
-            for token, (first, last) in enumerate(encoded.offsets):
-                if first < end and last > start:
-                    answers[token] = 1
+        answers = tokens_in(encoded.offsets, spans[0])
         blocks = self.processor.prompt_blocks(encoded.ids, [1] * len(encoded), answers)
         image = self.processor.image_token_id
         tokens: tuple[list[int], list[int]] = ([], [])

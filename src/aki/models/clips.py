@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.audio_utils import load_audio
 
 from aki.models.images import open_image
 
@@ -94,12 +96,31 @@ def open_audio(source: Any, sampling_rate: int) -> NDArray[np.float32]:
 def _read(source: str, sampling_rate: int) -> NDArray[np.float32]:
     shown = source if len(source) < 200 else "the audio given"
     try:
-        return load_audio(source, sampling_rate=sampling_rate)
+        import soundfile
     except ImportError as error:
         raise ClipError(f"{shown} cannot be read without soundfile and soxr: pip install 'aki[audio]'.") from error
+    try:
+        samples, given = soundfile.read(_file(source), dtype="float32", always_2d=True)
     except Exception as error:
         # Decoders and clients raise anything.
         raise ClipError(f"{shown} is missing, or no audio file that can be read: {error}") from error
+    return _resample(samples.mean(1), given, sampling_rate)
+
+
+def _file(source: str) -> str | io.BytesIO:
+    if source.startswith(("http://", "https://")):
+        response = httpx.get(source, timeout=30.0, follow_redirects=True)
+        response.raise_for_status()
+        return io.BytesIO(response.content)
+    if source.startswith("data:"):
+        return io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
+    if len(source) < 4096 and Path(source).exists():
+        return source
+    try:
+        return io.BytesIO(base64.b64decode(source, validate=True))
+    except ValueError:
+        # soundfile then says that there is no such file.
+        return source
 
 
 def _resample(wave: NDArray[np.float32], given: int, wanted: int) -> NDArray[np.float32]:

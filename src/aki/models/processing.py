@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from aki.attention.scopes import check_scopes
 from aki.layout import IGNORE_INDEX
@@ -135,7 +136,11 @@ class AkiProcessor(ProcessorMixin):
             videos = [open_video(video) for video in _flat(videos)] or None
         if audio is not None:
             audio = [self._openers["audio"](clip) for clip in audio] or None
-        return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        out = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if "offset_mapping" in out:
+            # transformers' apply_chat_template takes that name out again.
+            out["characters"] = out["offset_mapping"]
+        return out
 
     def _process_videos(self, videos: list[np.ndarray], **kwargs) -> tuple[dict, list[str]]:
         frames = [frame for video in videos for frame in pick_frames(video, self.video_frames)]
@@ -154,9 +159,15 @@ class AkiProcessor(ProcessorMixin):
         features = self.audio_extractor(audio, sampling_rate=rate, return_tensors="np")["input_features"]
         return {"input_features": features}, [self.audio_token * self.audio_seq_length] * len(audio)
 
-    def validate_inputs(self, images=None, text=None, **kwargs) -> None:
-        """As transformers', which compares the totals alone, and also each text with its own list of images."""
-        super().validate_inputs(images=images, text=text, **kwargs)
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
+        """As transformers', and as many items as the texts name, each text with its own list of images."""
+        if text is not None:
+            if not all(isinstance(sample, str) for sample in text):
+                raise ValueError("text is a string or a list of strings.")
+            self._check_total("image", self.image_token, text, None if images is None else list(_leaves(images)))
+            self._check_total("video", self.video_token, text, videos)
+            self._check_total("audio", self.audio_token, text, audio)
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if isinstance(images, list) and isinstance(images[0], list) and text is not None:
             for row, (sample, own) in enumerate(zip(text, images, strict=True)):
                 if sample.count(self.image_token) != len(own):
@@ -164,6 +175,14 @@ class AkiProcessor(ProcessorMixin):
                         f"text {row} names {sample.count(self.image_token)} image(s) and has {len(own)}: "
                         f"pass one image for each {self.image_token}."
                     )
+
+    def _check_total(self, kind: str, token: str | None, text: list[str], items: Sequence | None) -> None:
+        named = 0 if token is None else sum(sample.count(token) for sample in text)
+        given = 0 if items is None else len(items)
+        if named != given:
+            raise ValueError(
+                f"found {named} {token} tokens in the text and {given} {kind}(s): pass one {kind} for each {token}."
+            )
 
     def apply_chat_template(self, conversation, *args, **kwargs) -> Any:
         """As transformers' `apply_chat_template`; with `tokenize=True, return_dict=True` also `prompt_block_ids`.
@@ -208,6 +227,9 @@ class AkiProcessor(ProcessorMixin):
     def _with_answers_marked(self, conversation, *args, **kwargs) -> Any:
         out = self._rendered(conversation, *args, **kwargs, return_assistant_tokens_mask=True)
         chats = conversation if isinstance(conversation[0], list) else [conversation]
+        # transformers' own masks are not asked: in older releases they forget that one placeholder became many.
+        spans = self._answer_spans(chats, *args, **kwargs)
+        out["assistant_masks"] = [tokens_in(*row) for row in zip(out.pop("characters"), spans, strict=True)]
         for row, (chat, answers) in enumerate(zip(chats, out["assistant_masks"], strict=True)):
             if any(message["role"] == "assistant" for message in chat) and not any(answers):
                 raise ValueError(
@@ -215,6 +237,35 @@ class AkiProcessor(ProcessorMixin):
                     "{% generation %} and {% endgeneration %} around answers, and max_length must leave room for them."
                 )
         return out
+
+    def _answer_spans(self, chats, chat_template: str | None = None, **kwargs) -> list[list[tuple[int, int]]]:
+        """Of each chat, the characters (first, end) of its answers in the text that has all placeholders."""
+        texts, spans = render_jinja_template(
+            chats,
+            chat_template=self.template(chat_template),
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **kwargs},
+        )
+        repeats = {
+            self.image_token: self.image_seq_length,
+            self.video_token: self.video_seq_length,
+            self.audio_token: self.audio_seq_length,
+        }
+
+        def shifted(text: str, character: int) -> int:
+            before = text[:character]
+            longer = (before.count(token) * len(token) * (n - 1) for token, n in repeats.items() if token is not None)
+            return character + sum(longer)
+
+        return [
+            [(shifted(text, first), shifted(text, end)) for first, end in of_one]
+            for text, of_one in zip(texts, spans, strict=True)
+        ]
+
+    def template(self, name: str | None = None) -> str:
+        """The chat template of that name, or `name` itself, which may be a template; None is the default one."""
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        return named.get(name or "default", name)
 
     def _continued(self, conversation, *args, **kwargs) -> Any:
         """The last answer is begun and not ended: what stands before it is found by leaving it out."""
@@ -257,6 +308,21 @@ class AkiProcessor(ProcessorMixin):
         return blocks
 
 
+def tokens_in(characters: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each token that shares a character with one of the spans.
+
+    Args:
+        characters: (first, end) of each token; of padding and what a tokenizer adds these are equal.
+        spans: (first, end).
+    """
+    answers = [0] * len(characters)
+    for first, end in spans:
+        for token, (token_first, token_end) in enumerate(characters):
+            if token_first < end and token_end > first:
+                answers[token] = 1
+    return answers
+
+
 def labels_from_prompt_blocks(
     input_ids: Tensor, attention_mask: Tensor, prompt_block_ids: Tensor, *media_token_ids: int
 ) -> Tensor:
@@ -288,6 +354,14 @@ def _open_nested(images):
     if isinstance(images, (list, tuple)):
         return [_open_nested(image) for image in images]
     return open_image(images)
+
+
+def _leaves(images) -> Iterator[Any]:
+    if isinstance(images, (list, tuple)):
+        for image in images:
+            yield from _leaves(image)
+    else:
+        yield images
 
 
 def _is_empty(images) -> bool:

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from aki.compat import UNDECLARED_FIELDS
 from aki.data.digits import PIXEL_MEAN, PIXEL_STD, corpus
 from aki.data.tokenizer import PAD_TOKEN, train_tokenizer
 from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiProcessor
@@ -147,5 +148,6 @@ def _config(part: str, sizes: dict[str, Any]):
 
 
 def _check_fields(part: str, sizes: dict[str, Any], defaults: PreTrainedConfig) -> None:
+    fields = [field for field in dir(defaults) if not field.startswith("_")]
     for name in sizes:
-        known("key", name, [field for field in dir(defaults) if not field.startswith("_")], f"model.{part}")
+        known("key", name, [*fields, *UNDECLARED_FIELDS.get(defaults.model_type, ())], f"model.{part}")
