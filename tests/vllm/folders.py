@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ CHAT = (
 )
 
 
-def tokenizer(media: list[str], template: str) -> PreTrainedTokenizerFast:
+def tokenizer(media: list[str], template: str, named: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
     inner = Tokenizer(BPE())
     inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
     inner.decoder = ByteLevelDecoder()
@@ -71,7 +72,7 @@ def tokenizer(media: list[str], template: str) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=SPECIAL[4:] + media,
+        extra_special_tokens=named or SPECIAL[4:] + media,
         padding_side="left",
         chat_template=template,
     )
@@ -81,15 +82,19 @@ def save(folder: Path, config: Any, processor: Any) -> Path:
     """Weights larger than an initialisation's, so that what a token sees changes what it says."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).float().eval()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "norm" not in name:
-            parameter.data.normal_(0, 0.15)
+    _make_random(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)
     _as_on_the_hub(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def _make_random(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "norm" not in name:
+            parameter.data.normal_(0, 0.15)
 
 
 def _as_on_the_hub(folder: Path) -> None:
@@ -186,15 +191,11 @@ def internvl(folder: Path) -> Path:
     from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
     media = ["<IMG_CONTEXT>", "<img>", "</img>", "<video>"]
-    words = tokenizer(media, CHAT.replace("IMAGE", "<IMG_CONTEXT>"))
-    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    words.init_kwargs["extra_special_tokens"] = names | {"video_token": "<video>"}
-    for name, token in (names | {"video_token": "<video>"}).items():
-        setattr(words, name, token)
-        setattr(words, f"{name}_id", words.convert_tokens_to_ids(token))
-    image = GotOcr2ImageProcessor(
-        size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=2
+    named = dict(
+        zip(("context_image_token", "start_image_token", "end_image_token", "video_token"), media, strict=True)
     )
+    words = tokenizer(media, CHAT.replace("IMAGE", "<IMG_CONTEXT>"), named)
+    image = GotOcr2ImageProcessor(size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=2)
     video = InternVLVideoProcessor(size={"height": 32, "width": 32})
     processor = InternVLProcessor(image, words, video, image_seq_length=4, chat_template=words.chat_template)
     config = AutoConfig.for_model(
@@ -211,13 +212,10 @@ def gemma3(folder: Path) -> Path:
     from transformers import Gemma3Processor
     from transformers.models.gemma3.image_processing_gemma3 import Gemma3ImageProcessor
 
-    media = ["<image_soft_token>", "<start_of_image>", "<end_of_image>"]
-    words = tokenizer(media, CHAT.replace("IMAGE", "<start_of_image>"))
-    named = {"image_token": media[0], "boi_token": media[1], "eoi_token": media[2]}
-    words.init_kwargs["extra_special_tokens"] = named
-    for name, token in named.items():
-        setattr(words, name, token)
-        setattr(words, f"{name}_id", words.convert_tokens_to_ids(token))
+    # vLLM looks for runs of line breaks as tokens, which Gemma's tokenizer has.
+    media = ["<image_soft_token>", "<start_of_image>", "<end_of_image>", "\n", "\n\n", "\n\n\n", "\n\n\n\n"]
+    named = dict(zip(("image_token", "boi_token", "eoi_token"), media, strict=False))
+    words = tokenizer(media, CHAT.replace("IMAGE", "<start_of_image>"), named)
     image = Gemma3ImageProcessor(size={"height": 32, "width": 32})
     processor = Gemma3Processor(image, words, image_seq_length=4, chat_template=words.chat_template)
     ids = words.convert_tokens_to_ids(media)
@@ -245,9 +243,7 @@ def mistral3(folder: Path) -> Path:
     media = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
     words = tokenizer(media, CHAT.replace("IMAGE", "[IMG]"))
     image = PixtralImageProcessor(size={"longest_edge": 32}, patch_size={"height": 8, "width": 8})
-    processor = PixtralProcessor(
-        image, words, patch_size=8, spatial_merge_size=2, chat_template=words.chat_template
-    )
+    processor = PixtralProcessor(image, words, patch_size=8, spatial_merge_size=2, chat_template=words.chat_template)
     config = AutoConfig.for_model(
         "mistral3",
         text_config={"model_type": "mistral", **TEXT, "vocab_size": len(words), "sliding_window": None},
@@ -259,6 +255,36 @@ def mistral3(folder: Path) -> Path:
     return save(folder, config, processor)
 
 
+def aki_folder(folder: Path, connector: str = "perceiver_resampler") -> Path:
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    from aki import AkiConfig, AkiForConditionalGeneration, AkiProcessor
+    from aki.data.tokenizer import train_tokenizer
+    from aki.models.templates import CAPTION, SHORT
+
+    words = train_tokenizer([TEXTS] * 2, vocab_size=340)
+    config = AkiConfig(
+        vision_config=AutoConfig.for_model("siglip_vision_model", **VISION),
+        text_config=AutoConfig.for_model("llama", **TEXT, vocab_size=len(words)),
+        connector_config={"connector": connector, "num_latents": 6, "depth": 1, "num_heads": 2, "head_dim": 16},
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+    )
+    processor = AkiProcessor(
+        SiglipImageProcessorPil(size={"height": 32, "width": 32}),
+        words,
+        image_seq_length=config.image_seq_length,
+        chat_template={"default": SHORT, "caption": CAPTION},
+    )
+    torch.manual_seed(0)
+    model = AkiForConditionalGeneration(config).float().eval()
+    _make_random(model)
+    model.generation_config.eos_token_id = None
+    model.generation_config.suppress_tokens = None
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "LLaVA": llava,
     "Qwen2.5-VL": qwen2_5_vl,
@@ -266,4 +292,6 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "InternVL": internvl,
     "Gemma 3": gemma3,
     "Mistral 3": mistral3,
+    "AKI": aki_folder,
+    "AKI, MLP": partial(aki_folder, connector="mlp"),
 }

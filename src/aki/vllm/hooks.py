@@ -102,7 +102,8 @@ def make_reader(vllm_config: Any) -> PromptReader | None:
     from vllm.tokenizers import cached_tokenizer_from_config
 
     model = vllm_config.model_config
-    return PromptReader(model.hf_config, rule, cached_tokenizer_from_config(model))
+    own = settings.own_rule(vllm_config)
+    return PromptReader(model.hf_config, rule, cached_tokenizer_from_config(model), own)
 
 
 def _reader_of(owner: Any) -> PromptReader | None:

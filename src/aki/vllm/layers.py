@@ -22,7 +22,7 @@ def lay_layers(vllm_config: Any, steps: Steps) -> list[str]:
     if compilation.cudagraph_mode is not None and compilation.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
         raise CannotServe(
             "a full CUDA graph over mixed batches leaves no room for the attention rule: start vLLM with "
-            "--compilation-config '{\"cudagraph_mode\": \"FULL_AND_PIECEWISE\"}'."
+            '--compilation-config \'{"cudagraph_mode": "FULL_AND_PIECEWISE"}\'.'
         )
     laid = []
     for name, layer in compilation.static_forward_context.items():
@@ -38,7 +38,9 @@ def lay_layers(vllm_config: Any, steps: Steps) -> list[str]:
         _lay(layer, steps)
         laid.append(name)
     if not laid:
-        raise CannotServe("no attention layer of vLLM was found in this model, so no attention rule can be laid over it.")
+        raise CannotServe(
+            "no attention layer of vLLM was found in this model, so no attention rule can be laid over it."
+        )
     return laid
 
 

@@ -18,6 +18,7 @@ from aki.attention.prompts import AnswerMarks
 from aki.attention.rules import Rule, get_rule
 from aki.attention.scopes import scope_token_ids
 from aki.layout import SequenceLayout, build_layout
+from aki.models.templates import ANSWER_TOKEN
 
 Span = tuple[int, int]
 """Positions `start` to `stop - 1`."""
@@ -103,27 +104,33 @@ class PromptReader:
         config: the model's configuration, of transformers or of vLLM.
         rule: of requests without an adapter that names one.
         tokenizer: whose chat template says where answers are. None, or one without: a prompt is one block.
+        own: a rule that the model's own mask opens, whatever else is opened.
 
     Raises:
         ValueError: there is no such rule, or vLLM cannot follow it.
     """
 
-    def __init__(self, config: Any, rule: str, tokenizer: Any = None):
-        self.rule = checked_rule(rule)
+    def __init__(self, config: Any, rule: str, tokenizer: Any = None, own: str | None = None):
+        self.own = own
+        self.rule = self._with_own(rule)
         self.config, self.tokenizer = config, tokenizer
         if config.model_type == "aki":
             self.media_token_ids = {media.modality: media.token_id for media in config.media.values()}
             self.tokens_per_item = {media.modality: media.tokens_per_item for media in config.media.values()}
             self.scope_token_ids = config.scope_token_ids
+            self.answer_token_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(ANSWER_TOKEN)
         else:
             self.media_token_ids, self.tokens_per_item = media_token_ids(config), None
-            self.scope_token_ids = scope_token_ids(tokenizer)
+            self.scope_token_ids, self.answer_token_id = scope_token_ids(tokenizer), None
         self.marks = AnswerMarks.of(tokenizer) if getattr(tokenizer, "chat_template", None) else None
 
     def rule_for(self, adapter: str | None) -> Rule:
         """The rule that an adapter's folder names, else the model's."""
         named = adapter_rule(adapter) if adapter else None
-        return self.rule if named is None else checked_rule(named)
+        return self.rule if named is None else self._with_own(named)
+
+    def _with_own(self, rule: str) -> Rule:
+        return checked_rule(rule if self.own is None else f"{rule}+{self.own}")
 
     def read(self, ids: Sequence[int], items: Sequence[tuple[Tensor, str]], adapter: str | None = None) -> Prompt:
         """What is opened in one prompt.
@@ -144,7 +151,7 @@ class PromptReader:
         is_embedded = torch.zeros_like(written, dtype=torch.bool)
         for positions in embedded:
             is_embedded[0, positions] = True
-        blocks = None if self.marks is None else self.marks.blocks(written)
+        blocks = self._blocks(written)
         return build_layout(
             written.masked_fill(~is_embedded & self._is_placeholder(written), -1),
             self.media_token_ids,
@@ -152,6 +159,20 @@ class PromptReader:
             prompt_block_ids=blocks,
             scope_token_ids=self.scope_token_ids,
         )
+
+    def _blocks(self, ids: Tensor) -> Tensor | None:
+        """Where answers are, (1, length); None: nothing says so, and all is one prompt."""
+        if self.marks is None:
+            return None
+        blocks = self.marks.blocks(ids)
+        if self.answer_token_id is not None:
+            # White space that a template writes after the token is answer (paper, section 3).
+            place = torch.arange(ids.shape[1])
+            for block in range(int(blocks.max()) + 1):
+                starts = place[(blocks[0] == block) & (ids[0] == self.answer_token_id)]
+                if len(starts):
+                    blocks[0, (blocks[0] == block) & (place > starts[-1])] = -1
+        return blocks
 
     def _is_placeholder(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, torch.tensor(list(self.media_token_ids.values())))

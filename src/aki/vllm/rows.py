@@ -54,7 +54,7 @@ class Rows:
             behind &= queries - keys < window
         ahead = keys >= self.opening.stop
         if self.opening.whole:
-            ahead |= (keys > queries) & (keys >= self.opening.first)
+            ahead = ahead | ((keys > queries) & (keys >= self.opening.first))
         return behind | ahead
 
 

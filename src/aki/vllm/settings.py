@@ -25,9 +25,26 @@ def rule_of(vllm_config: Any) -> str | None:
     if model is None:
         return None
     rule = getattr(model.hf_config, "attention_rule", None)
-    if rule is None and vllm_config.lora_config is not None and model.is_multimodal_model:
-        return "causal"
-    return None if rule == "causal" and vllm_config.lora_config is None else rule
+    if vllm_config.lora_config is not None and model.is_multimodal_model:
+        return rule or "causal"
+    return None if rule == "causal" else rule
+
+
+def own_rule(vllm_config: Any) -> str | None:
+    """What a model's own mask opens, which stays open under any rule; None: nothing.
+
+    Raises:
+        CannotServe: it opens what no rule of ours does.
+    """
+    model = vllm_config.model_config
+    if not model.is_mm_prefix_lm:
+        return None
+    if model.hf_config.model_type != "gemma3":
+        raise CannotServe(
+            f"{model.hf_config.model_type!r} has a mask of its own in which media see more than what is behind them, and "
+            "aki does not know in vLLM which: it cannot be served under an attention rule."
+        )
+    return "image_bidirectional"
 
 
 def lay(vllm_config: Any) -> None:
@@ -41,6 +58,7 @@ def lay(vllm_config: Any) -> None:
     if rule is None:
         return
     checked_rule(rule)
+    own_rule(vllm_config)
     _refuse(vllm_config, rule)
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     said = []
@@ -102,5 +120,5 @@ def _refuse(vllm_config: Any, rule: str) -> None:
         if holds:
             raise CannotServe(
                 f"vLLM cannot answer under the attention rule {rule!r}: {reason}. Start it without, or serve the model "
-                "causally with --hf-overrides '{\"attention_rule\": \"causal\"}'."
+                'causally with --hf-overrides \'{"attention_rule": "causal"}\'.'
             )
