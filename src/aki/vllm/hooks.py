@@ -55,6 +55,7 @@ def attach() -> None:
         VllmMoved: this vLLM is not one that aki knows.
     """
     from vllm.config import VllmConfig
+    from vllm.renderers import hf as renderer
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
@@ -63,6 +64,7 @@ def attach() -> None:
     around(Scheduler, "_try_schedule_encoder_inputs", _SCHEDULE, _schedule)
     around(EngineCore, "__init__", ("self", "vllm_config"), _start_engine)
     around(kv_cache_utils, "_gen_mm_extra_hash_keys", _NAME, _name_block)
+    around(renderer, "_try_get_processor_chat_template", ("tokenizer",), _template)
     for runner in _runners():
         around(runner, "load_model", ("self", "load_dummy_weights"), _load)
         around(runner, "initialize_kv_cache", ("self", "kv_cache_config"), _look_at_cache)
@@ -153,6 +155,12 @@ def _name_block(original: Any, request: Any, start_token_idx: int, end_token_idx
     prompt = None if reader is None else _prompt(reader, request)
     ahead = None if prompt is None else prompt.seen_ahead(start_token_idx, end_token_idx)
     return (names if ahead is None else [*names, ("aki", ahead)]), after
+
+
+def _template(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of several templates in a processor, which vLLM takes for one, that for chats."""
+    found = original(*args, **kwargs)
+    return found.get("default") if isinstance(found, dict) else found
 
 
 def _schedule(
