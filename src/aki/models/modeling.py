@@ -324,7 +324,6 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         logits_to_keep: int | Tensor = 0,
         pixel_values_videos: Tensor | None = None,
         input_features: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -341,6 +340,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         Raises:
             ValueError: media and placeholders do not fit, or the rule cannot be applied.
         """
+        # Not a parameter by name: a Trainer would look for it among the labels of every batch.
+        shift_labels = kwargs.pop("shift_labels", None)
         if labels is None and shift_labels is not None:
             labels = nn.functional.pad(shift_labels[:, :-1], (1, 0), value=IGNORE_INDEX)
         outputs = self.model(
