@@ -178,3 +178,10 @@ def test_exported(make_model, inputs, rule):
         wanted = model(**tensors).logits
         program = torch.export.export(model, (), tensors, strict=False)
         assert torch.equal(program.module()(**tensors).logits, wanted)
+
+
+def test_vllm_is_told_how_many_tokens_a_picture_takes(processor, picture):
+    found = processor._get_num_multimodal_tokens(image_sizes=[[20, 30], [7, 9]])
+    inputs = processor(images=[picture(1)], text="<image>", return_tensors="pt")
+    placeholders = int((inputs["input_ids"] == processor.image_token_id).sum())
+    assert found.num_image_tokens == [placeholders, placeholders]
