@@ -165,9 +165,9 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
             "pixel_values_videos": pixel_values_videos,
             "input_features": input_features,
         }
-        found = self.named_tokens(inputs_embeds) if input_ids is None else input_ids
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        found = self.named_tokens(inputs_embeds) if input_ids is None else input_ids
         shown = with_blanks(self, {name: values for name, values in given.items() if values is not None}, cache)
         features = {name: encode_media(self, name, values).pooler_output for name, values in shown.items()}
         embeds = {name: values for name, values in features.items() if given[name] is not None}
@@ -227,7 +227,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
     def __init__(self, config: AkiConfig):
         super().__init__(config)
         self.model = AkiModel(config)
-        self.lm_head = new_head(config.text_config, config.output_bias)
+        self.lm_head: nn.Module = new_head(config.text_config, config.output_bias)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
