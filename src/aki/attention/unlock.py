@@ -117,7 +117,7 @@ class _Unlocked:
         self,
         rule: Rule,
         media_token_ids: dict[int, int],
-        decoder: nn.Module,
+        decoder: Any,
         marks: AnswerMarks | None,
         scope_token_ids: list[int] | None,
     ):

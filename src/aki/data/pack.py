@@ -39,8 +39,8 @@ def pack(collator: Callable[[Any], Mapping[str, Tensor]], model: nn.Module, row_
     kind = type(whole).__name__
     if "create_masks_for_generate" in vars(type(whole)):
         raise CannotUnlock(
-            f"{kind} makes masks of its own from what is media, and does not keep packed documents apart in them: train "
-            "it on padded rows."
+            f"{kind} makes masks of its own from what is media, and does not keep packed documents apart in them: "
+            "train it on padded rows."
         )
     rope = next((part.get_rope_index for part in whole.modules() if hasattr(part, "get_rope_index")), None)
     return Packed(collator, rope, row_tokens)
@@ -61,8 +61,8 @@ class Packed:
     def __call__(self, samples: Sequence[Any]) -> Inputs:
         """
         Returns:
-            the collator's inputs without attention_mask, (rows, tokens); position_ids (rows, tokens), or (4, rows, tokens)
-            of which the first are the text's and restart with each document.
+            the collator's inputs without attention_mask, (rows, tokens); position_ids (rows, tokens), or
+            (4, rows, tokens), of which the first are the text's. They restart with each document.
 
         Raises:
             ValueError: a sample is longer than a row.
@@ -72,9 +72,7 @@ class Packed:
         rows = [_joined([documents[number] for number in chosen]) for chosen in bins]
         longest = max(row["input_ids"].shape[1] for row in rows)
         by_token = {name for row in rows for name, value in row.items() if _is_by_token(name, value, row)}
-        tokens = {
-            name: torch.cat([_filled(name, row[name], longest) for row in rows], -2) for name in sorted(by_token)
-        }
+        tokens = {name: torch.cat([_filled(name, row[name], longest) for row in rows], -2) for name in sorted(by_token)}
         # In the order of the rows, as their placeholders stand.
         ordered = [documents[number] for chosen in bins for number in chosen]
         return tokens | _media(ordered, by_token)
@@ -84,7 +82,8 @@ class Packed:
         inputs = dict(batch)
         real = inputs.pop("attention_mask", torch.ones_like(inputs["input_ids"]))[0].bool()
         inputs = {
-            name: value[..., real] if value.shape == batch["input_ids"].shape else value for name, value in inputs.items()
+            name: value[..., real] if value.shape == batch["input_ids"].shape else value
+            for name, value in inputs.items()
         }
         ids = inputs["input_ids"]
         if "labels" in inputs:
@@ -95,6 +94,8 @@ class Packed:
             known = inspect.signature(self.rope_index).parameters
             asked = {name: value for name, value in inputs.items() if name in known and name != "position_ids"}
             asked |= {"attention_mask": torch.ones_like(ids)} if "attention_mask" in known else {}
+            if "audio_seqlens" in known and "feature_attention_mask" in inputs:
+                asked["audio_seqlens"] = inputs["feature_attention_mask"].sum(-1)  # as Qwen-Omni's forward
             axes, _ = self.rope_index(**asked)
             inputs["position_ids"] = torch.cat([inputs["position_ids"][None], axes.to(ids)])
         return inputs
