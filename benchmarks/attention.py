@@ -194,9 +194,8 @@ def print_table(rows: list[dict], device: str) -> None:
         own = {row["pass"]: row for row in rows if tuple(row[name] for name in keys) == key}
         ratios = " | ".join(f"{own[step]['ratio_to_causal']:.2f}" for step in PASSES)
         one = own["both"]
-        print(
-            f"| {' | '.join(map(str, key))} | {ratios} | {one['pair_ratio']:.2f} | {one['tflops']:.3f} | {one['peak_mb']:.1f} |"
-        )
+        rest = f"{one['pair_ratio']:.2f} | {one['tflops']:.3f} | {one['peak_mb']:.1f}"
+        print(f"| {' | '.join(map(str, key))} | {ratios} | {rest} |")
 
 
 def main() -> None:

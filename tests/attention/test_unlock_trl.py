@@ -54,7 +54,7 @@ def test_trl_with_the_one_line(reader, processor, tmp_path):
 
 
 def test_trl_with_packed_rows(reader, processor, tmp_path):
-    """TRL refuses packing for models that read pictures; joined behind its collator, losses are those of padded rows."""
+    """TRL refuses packing for models that read pictures; joined behind its collator, losses are those of padding."""
     losses = {}
     for packed in (False, True):
         torch.manual_seed(0)
