@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +11,12 @@ import torch
 import yaml
 from fixtures.make import write_sources
 from interrupting import interrupt_before
+from others import holding
 
-import aki.files
 from aki.cli import main
+from aki.commands.eval import Eval
+from aki.evaluation import compare
+from aki.evaluation.plan import rows_by_rule
 from aki.files import InUseError
 from aki.models import AkiForConditionalGeneration
 from aki.training import stages
@@ -172,27 +173,36 @@ def test_9_all_is_synced_before_the_mark(own_data, tmp_path, monkeypatch):
     assert str(tmp_path / "run/model.safetensors") in synced[:result]
 
 
-OTHER = f"""
-import sys
-from pathlib import Path
-from runpy import run_path
-with run_path({aki.files.__file__!r})["alone"](Path(sys.argv[1]), "it"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
 def test_10_a_folder_is_one_runs_as_long_as_its_process_lives(own_data, tmp_path):
-    lock = tmp_path / "run/training/lock"
-    other = subprocess.Popen(
-        [sys.executable, "-c", OTHER, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(InUseError, match=rf"output folder .*/run is in use by process {other.pid} on"):
+    with (
+        holding(tmp_path / "run/training/lock") as other,
+        pytest.raises(InUseError, match=rf"output folder .*/run is in use by process {other} on"),
+    ):
         run(own_data, tmp_path / "run", resume=True)
-    other.kill()
-    other.communicate()
     assert run(own_data, tmp_path / "run")["losses"]
+
+
+def test_10_so_is_a_comparisons(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_compare", lambda *_: "compared")
+    tiny_recipe.rows = rows_by_rule(("causal", "mma"))
+    arguments = (tiny_recipe, tmp_path / "out", ("causal", "mma"), 1, 1)
+    with (
+        holding(tmp_path / "out/cells/lock") as other,
+        pytest.raises(InUseError, match=rf"output folder .*/out is in use by process {other} on"),
+    ):
+        compare.run_comparison(*arguments)
+    assert compare.run_comparison(*arguments) == "compared"
+
+
+def test_10_so_is_an_evaluations(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Eval, "_evaluate", lambda *_: print("evaluated"))
+    command = ["eval", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    with holding(tmp_path / "out/lock") as other, pytest.raises(SystemExit):
+        main(command)
+    said = capsys.readouterr()
+    assert (said.out, "out is in use by process " + str(other) in said.err) == ("", True)
+    main(command)
+    assert capsys.readouterr().out == "evaluated\n"
 
 
 @pytest.mark.parametrize("finished", [True, False])
