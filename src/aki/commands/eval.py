@@ -41,7 +41,7 @@ class Eval:
     unlock: bool = False
     """Lay the rule (or mma) over a model that is not AKI."""
     backend: str | None = None
-    """What computes attention: auto, merged, flex, sdpa or eager."""
+    """What computes attention: auto, segments, sdpa or eager."""
     limit: int | None = None
     """Rows of each task, for a trial."""
     limit_new_tokens: int | None = None

@@ -228,7 +228,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
     def __init__(self, config: AkiConfig):
         super().__init__(config)
         self.model = AkiModel(config)
-        self.lm_head = new_head(config.text_config, config.output_bias)
+        self.lm_head: nn.Module = new_head(config.text_config, config.output_bias)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
@@ -325,7 +325,6 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         logits_to_keep: int | Tensor = 0,
         pixel_values_videos: Tensor | None = None,
         input_features: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -342,6 +341,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         Raises:
             ValueError: media and placeholders do not fit, or the rule cannot be applied.
         """
+        # Not a parameter by name: a Trainer would look for it among the labels of every batch.
+        shift_labels = kwargs.pop("shift_labels", None)
         if labels is None and shift_labels is not None:
             labels = nn.functional.pad(shift_labels[:, :-1], (1, 0), value=IGNORE_INDEX)
         outputs = self.model(

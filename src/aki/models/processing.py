@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
+from transformers.audio_utils import AudioInput
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData
+from transformers.tokenization_utils_base import TextInput
 from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.video_utils import VideoInput
 
 from aki.attention.scopes import check_scopes
 from aki.layout import IGNORE_INDEX
@@ -129,7 +134,19 @@ class AkiProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        """By this name vLLM asks how many placeholders each image takes, whatever its (height, width)."""
+        images = len(image_sizes or [])
+        return MultiModalData(num_image_tokens=[self.image_seq_length] * images, num_image_patches=[1] * images)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: VideoInput | None = None,
+        audio: AudioInput | None = None,
+        **kwargs,
+    ) -> BatchFeature:
         """Text with a token of its kind once an item, and the items of each kind in order, as model inputs.
 
         Args:
