@@ -76,8 +76,8 @@ class Prompt:
     def seen_ahead(self, start: int, stop: int) -> str | None:
         """A name for what the rows `start` to `stop - 1` see beyond causal keys; None: nothing.
 
-        Two prompts that are alike up to `stop` and have equal names compute equal keys and values there. Positions count
-        from `start`, because what stands before is known by other names.
+        Two prompts that are alike up to `stop` and have equal names compute equal keys and values there. Positions
+        count from `start`, because what stands before is known by other names.
         """
         seen = []
         for opening in self.openings:
