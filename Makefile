@@ -1,9 +1,11 @@
 # Everything runs in .venv; the install is done again when its inputs change.
 PYTHON ?= python3
 BIN := .venv/bin
+TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
+SUITES := .transformers/transformers-$(TRANSFORMERS)/tests
 CPU_THREADS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install quickstart digits browser test test-slow test-vllm lint bench-step masks clean
+.PHONY: install quickstart digits browser test suites test-slow test-vllm lint bench-step masks clean
 
 install: .venv/installed
 
@@ -27,8 +29,16 @@ browser:
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; \
 	} || echo "no chromium, and no root with apt-get to install it: the web page's tests will be skipped"
 
-test: install
+test: install $(SUITES)
 	$(BIN)/pytest -m 'not slow' -n $(CPU_THREADS)
+
+suites: install $(SUITES)
+	$(BIN)/pytest tests/transformers_suite -n $(CPU_THREADS)
+
+# transformers' own tests, of the version that is installed, which its source distribution holds.
+$(SUITES):
+	$(BIN)/pip download --quiet --no-deps --no-binary transformers --dest .transformers transformers==$(TRANSFORMERS)
+	tar -xzf .transformers/transformers-$(TRANSFORMERS).tar.gz -C .transformers transformers-$(TRANSFORMERS)/tests
 
 test-slow: install
 	$(BIN)/pytest -m slow

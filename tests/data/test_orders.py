@@ -108,8 +108,8 @@ def test_what_a_stage_cannot_do_is_a_sentence(tiny_recipe):
         RecipeError, match="order 'both_ways' is not known; there are image_first, text_first, echo, both"
     ):
         build(StageRecipe, values | {"order": "both_ways"}, "sft")
-    with pytest.raises(RecipeError, match="not for packed rows: set packing to false"):
-        build(StageRecipe, values | {"order": "both", "packing": True}, "sft")
+    with pytest.raises(RecipeError, match="must fit a packed row 2 times"):
+        build(StageRecipe, values | {"order": "both", "packing": True, "max_length": 512, "row_tokens": 1000}, "sft")
 
 
 def test_text_first_captions_teach_the_connector_nothing_and_questions_do(tiny_recipe):

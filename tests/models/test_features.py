@@ -96,7 +96,7 @@ def test_features_in_a_lower_precision_reach_the_connector_in_its_own(model, pix
 
 def test_15_features_whose_bytes_changed_are_computed_again(model, pixels, tmp_path):
     """Issue 12, entry 15: a power cut leaves a file of the right length with zeros in it."""
-    cache = FeatureCache(tmp_path, model.vision_encoder)
+    cache = FeatureCache(tmp_path, model.model.vision_encoder)
     wanted = cache(pixels, model.patch_features)
     damaged = sorted(tmp_path.rglob("*.safetensors"))[0]
     damaged.write_bytes(damaged.read_bytes()[:-40] + bytes(40))
@@ -107,7 +107,7 @@ def test_15_two_machines_may_write_the_same_features(model, pixels, tmp_path, mo
     """Issue 12, entry 15: both have a process of this number, and the second writes while the first does."""
     from aki.models import features
 
-    cache, save, inner = FeatureCache(tmp_path, model.vision_encoder), features.save_file, []
+    cache, save, inner = FeatureCache(tmp_path, model.model.vision_encoder), features.save_file, []
 
     def both_at_once(tensors, path, *args):
         if not inner:

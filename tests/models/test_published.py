@@ -303,3 +303,13 @@ def test_no_image_id(copy):
     rewrite_config(copy, image_token_id=None)
     with pytest.raises(CheckpointError, match=r"image_token_id.*tokenizer"):
         load_published(copy)
+
+
+def test_12_14_numbers_that_are_none(tmp_path):
+    """Issue 12, entry 14."""
+    shutil.copytree(FOLDER, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken/model.safetensors")
+    weights["vision_tokenizer.latents"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "broken/model.safetensors")
+    with pytest.raises(ValueError, match=r"NaN or infinite numbers in 1 of its weights, .*: vision_tokenizer\.latents"):
+        load_published(tmp_path / "broken")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ SAMPLES = [(5, 1), (9, 6), (4, 2), (12, 3), (6, 5), (7, 1), (5, 4), (8, 2)]
 """Tokens of the question and of the answer: the answers' lengths differ, so that a mean of means is not the mean."""
 
 
-def build(attention: str = "merged") -> AkiForConditionalGeneration:
+def build(attention: str = "segments") -> AkiForConditionalGeneration:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = SiglipVisionConfig(image_size=8, patch_size=4, **sizes).to_dict()
@@ -41,7 +42,7 @@ def build(attention: str = "merged") -> AkiForConditionalGeneration:
     return model
 
 
-def sample(number: int) -> Row:
+def sample(number: int, picture: bool = True) -> Row:
     generator = torch.Generator().manual_seed(number)
     question, answer = SAMPLES[number]
     ids = torch.randint(5, 40, (1, PICTURE + question + answer), generator=generator)
@@ -49,16 +50,18 @@ def sample(number: int) -> Row:
     labels, blocks = ids.clone(), torch.zeros_like(ids)
     labels[:, : PICTURE + question], blocks[:, PICTURE + question :] = IGNORE_INDEX, -1
     pixels = torch.randn(1, 3, 8, 8, generator=generator)
-    return {"input_ids": ids, "labels": labels, "prompt_block_ids": blocks, "pixel_values": pixels}
+    row = {"input_ids": ids, "labels": labels, "prompt_block_ids": blocks}
+    return row | {"pixel_values": pixels} if picture else {name: values[:, PICTURE:] for name, values in row.items()}
 
 
 class Rows(Dataset):
     """Rows of so many samples each, in order."""
 
-    def __init__(self, samples_a_row: int):
+    def __init__(self, samples_a_row: int, text_only: Collection[int] = ()):
         numbers = range(len(SAMPLES))
         self.rows = [
-            join([sample(i) for i in numbers[start : start + samples_a_row]]) for start in numbers[::samples_a_row]
+            join([sample(i, i not in text_only) for i in numbers[start : start + samples_a_row]])
+            for start in numbers[::samples_a_row]
         ]
 
     def __len__(self) -> int:
@@ -75,8 +78,21 @@ class InOrder(AkiTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def train(samples_a_row: int = 1, batch: int = 4, accumulation: int = 1) -> dict[str, Tensor]:
-    """Weights after an epoch of SGD over the samples, four a step."""
+def train(
+    samples_a_row: int = 1,
+    batch: int = 4,
+    accumulation: int = 1,
+    text_only: Collection[int] = (),
+    frozen: Collection[str] = (),
+    **more,
+) -> dict[str, Tensor]:
+    """Weights after an epoch of SGD over the samples, four a step.
+
+    Args:
+        text_only: numbers of the samples without a picture.
+        frozen: parts that are not trained.
+        more: arguments of training.
+    """
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
@@ -93,9 +109,12 @@ def train(samples_a_row: int = 1, batch: int = 4, accumulation: int = 1) -> dict
         remove_unused_columns=False,
         accelerator_config={"dispatch_batches": False},
         label_names=["labels"],
+        **more,
     )
     model = build()
-    trainer = InOrder(model, arguments, train_dataset=Rows(samples_a_row), data_collator=PackedCollator(0))
+    for part in frozen:
+        model.parts[part].requires_grad_(False)
+    trainer = InOrder(model, arguments, train_dataset=Rows(samples_a_row, text_only), data_collator=PackedCollator(0))
     trainer.train()
     assert trainer.state.global_step == len(SAMPLES) // 4
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

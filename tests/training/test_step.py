@@ -32,7 +32,7 @@ def test_loss_and_gradients_from_supervised_positions_are_those_from_all(parts, 
     model, collate, data = parts
     batch = collate([data[i] for i in range(6)])
     if packed:
-        batch = PackedCollator(0)(list(islice(PackedRows(data, collate, 100), 2)))
+        batch = PackedCollator(0)(list(islice(PackedRows(data, [collate], 100), 2)))
     count = (batch["labels"][:, 1:] != -100).sum()
     everything = model(**batch, num_items_in_batch=count)
     everything.loss.backward()
@@ -118,7 +118,7 @@ def test_frozen_encoder_with_features_from_disk_trains_the_same(tiny_recipe, tmp
     assert any((tmp_path / "features").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("attention", ["merged", "auto"])
+@pytest.mark.parametrize("attention", ["segments", "auto"])
 def test_bfloat16_autocast_on_the_cpu_follows_float32(tiny_recipe, tmp_path, attention):
     tiny_recipe.attention = attention
     exact, lower = (

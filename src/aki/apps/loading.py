@@ -14,6 +14,8 @@ from transformers.utils import logging
 from aki.attention import unlock as unlock_model
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.models.adapters import model_of_adapter
+from aki.models.template_limits import check_templates
+from aki.models.weights import check_complete, check_depth, check_finite
 
 
 def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
@@ -47,8 +49,15 @@ def _loaded(folder: str | Path, unlock: bool) -> tuple[Any, Any]:
         )
     # On a terminal transformers would ask whether to run the folder's own code.
     closed: dict[str, Any] = {"trust_remote_code": False}
-    model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, dtype="auto", **closed)
+    check_depth(found, folder)
     processor = AutoProcessor.from_pretrained(folder, **closed)
+    check_templates(processor)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, use_safetensors=True, dtype="auto", output_loading_info=True, **closed
+    )
+    # Weights that they do not take are usual in other families.
+    check_complete(folder, info["missing_keys"])
+    check_finite(folder, dict(model.named_parameters()))
     return unlock_model(model.to(device).eval(), processor), processor
 
 

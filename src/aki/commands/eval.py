@@ -39,7 +39,7 @@ class Eval:
     unlock: bool = False
     """Lay the rule (or mma) over a model that is not AKI."""
     backend: str | None = None
-    """What computes attention: auto, merged, flex, sdpa or eager."""
+    """What computes attention: auto, segments, sdpa or eager."""
     engine: Literal["aki", "vllm"] = "aki"
     """vllm: lmms-eval's own model of that name, where vLLM is installed."""
     limit: int | None = None

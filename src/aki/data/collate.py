@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from random import Random
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from aki.attention.prompts import PromptBlockWriter
 from aki.data.fast import FastInputs, fast_inputs
 from aki.data.report import BadSample, Reason
 from aki.data.schema import Sample
+from aki.data.split import split_captions
 from aki.layout import IGNORE_INDEX
 from aki.models.clips import ClipError
 from aki.models.images import ImageError, open_image
@@ -37,12 +39,18 @@ class ChatCollator:
         processor: AKI's, or another model's in `aki.write_prompt_blocks`.
         template: name of the processor's chat template; None is its default.
         max_length: tokens a sample may have, placeholders of images included.
+        seen: of captions, the largest share that the picture may see (`aki.data.split`); 0 is none.
+        causal: no prompt blocks, so that no rule opens any text.
+        seed: of what is drawn.
         raw_pixels: `encode` leaves pictures as bytes, which the trainer normalises on the model's device.
     """
 
     processor: AkiProcessor | PromptBlockWriter
     max_length: int
     template: str | None = None
+    seen: float = 0.0
+    causal: bool = False
+    seed: int = 0
     raw_pixels: bool = False
     special: re.Pattern[str] = field(init=False, repr=False)
     fast: FastInputs | None = field(init=False, repr=False)
@@ -122,7 +130,21 @@ class ChatCollator:
         lengths = batch["attention_mask"].sum(1).tolist()
         if max(lengths) > self.max_length:
             batch = self._shorten(batch, lengths, samples, inputs)
-        return batch, [length > self.max_length for length in lengths]
+        return self._split(batch, samples), [length > self.max_length for length in lengths]
+
+    def _split(self, batch: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
+        labels, blocks = batch["labels"], batch["prompt_block_ids"]
+        if self.causal:
+            return batch | {"prompt_block_ids": torch.full_like(blocks, -1)}
+        if not self.seen:
+            return batch
+        drawn = [Random(f"{self.seed}/{sample.source}/{sample.id}/seen") for sample in samples]
+        rows = [
+            split_captions(learned, shown, self.processor.tokenizer, self.seen, rng)
+            for learned, shown, rng in zip(labels, blocks, drawn, strict=True)
+        ]
+        labels, blocks = map(torch.stack, zip(*rows, strict=True))
+        return batch | {"labels": labels, "prompt_block_ids": blocks}
 
     def _labelled(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = labels_from_prompt_blocks(

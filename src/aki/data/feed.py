@@ -77,7 +77,8 @@ class Feed(IterableDataset):
     """Chunks of one rank, dealt out to workers in turn.
 
     Attributes:
-        collators: one an order; a batch has every sample once in each: all in the first, then all in the second.
+        collators: one an order; a batch has every sample once in each: all in the first, then all in the second;
+            a packed row has them one behind the other.
         batch_size: rows a batch.
         row_tokens: pack rows of so many tokens; None: a row is a sample.
         rank, ranks: which process this is.
@@ -112,9 +113,10 @@ class Feed(IterableDataset):
             taken = self.samples.take(number, (self.rank, self.ranks), size, use, report)
         except GaveUp:
             return Chunk(None, 0, {}, report, None)
-        rows = [row for in_order in zip(*taken, strict=True) for row in in_order]
         if self.row_tokens is not None:
-            rows = pack(rows, self.row_tokens)
+            rows = pack(taken, self.row_tokens)
+        else:
+            rows = [row for in_order in zip(*taken, strict=True) for row in in_order]
         return Chunk(self.batch(rows), len(rows), items_of(rows), report, self.samples.place)
 
     def batch(self, rows: list[Row]) -> Row:

@@ -107,10 +107,14 @@ class PackedCollator:
         return padded
 
 
-def pack(samples: Sequence[Row], row_tokens: int) -> list[Row]:
-    """Rows of up to `row_tokens` tokens that hold all of the samples."""
-    bins = first_fit_decreasing([sample["input_ids"].shape[1] for sample in samples], row_tokens)
-    return [join([samples[item] for item in items]) for items in bins]
+def pack(samples: Sequence[Sequence[Row]], row_tokens: int) -> list[Row]:
+    """Rows of up to `row_tokens` tokens that hold all of the samples.
+
+    Args:
+        samples: each as one document or several, which stay in one row.
+    """
+    bins = first_fit_decreasing([sum(row["input_ids"].shape[1] for row in rows) for rows in samples], row_tokens)
+    return [join([row for item in items for row in samples[item]]) for items in bins]
 
 
 class PackedRows(IterableDataset):
@@ -122,12 +126,20 @@ class PackedRows(IterableDataset):
 
     Args:
         dataset: of samples.
-        encode: makes model inputs of a list of samples.
+        encoders: each makes model inputs of a list of samples; every sample is a document of each, in one row.
         row_tokens: tokens a row may have.
     """
 
-    def __init__(self, dataset: Dataset, encode: ChatCollator, row_tokens: int, seed: int = 0, buffer: int = 256):
-        self.dataset, self.encode, self.row_tokens, self.seed, self.buffer = dataset, encode, row_tokens, seed, buffer
+    def __init__(
+        self, dataset: Dataset, encoders: Sequence[ChatCollator], row_tokens: int, seed: int = 0, buffer: int = 256
+    ):
+        self.dataset, self.encoders, self.row_tokens, self.seed, self.buffer = (
+            dataset,
+            encoders,
+            row_tokens,
+            seed,
+            buffer,
+        )
 
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
@@ -139,5 +151,6 @@ class PackedRows(IterableDataset):
                 samples = [self._sample(index) for index in chosen.tolist()]
                 yield from pack(samples, self.row_tokens)
 
-    def _sample(self, index: int) -> Row:
-        return self.encode([self.dataset[index]])
+    def _sample(self, index: int) -> list[Row]:
+        sample = self.dataset[index]
+        return [encode([sample]) for encode in self.encoders]

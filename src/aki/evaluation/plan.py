@@ -40,7 +40,7 @@ class Cell:
     def work(self) -> int:
         """Samples by orders, for an estimate of how long it takes beside others."""
         stage = self.recipe.stage(self.stage)
-        return stage.steps * stage.batch_size * (2 if stage.order == "both" else 1)
+        return stage.steps * stage.batch_size * stage.copies
 
     @property
     def fingerprint(self) -> str:

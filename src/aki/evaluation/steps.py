@@ -86,7 +86,7 @@ def row_steps(recipe: Recipe, rows: Sequence[str], folder: Path) -> dict[str, St
             shared[key] = (*_untrained(own, samples), None)
         model, processor, optimizer = shared[key]
         job = Job(own, "sft", folder / row, memory=memory)
-        collators = stage_collators(processor, stage)
+        collators = stage_collators(processor, stage, recipe.seed)
         set_seed(own.seed)
         trainer = stage_trainer(job, stage_arguments(job), model, collators, samples, Position(), None)
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps

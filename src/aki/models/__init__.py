@@ -1,6 +1,7 @@
 """The model, its processor, and their places in transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto import modeling_auto
 
 from aki.models.configuration import AkiConfig, AkiConnectorConfig
 from aki.models.modeling import AkiForConditionalGeneration, AkiModel
@@ -12,5 +13,12 @@ AutoModel.register(AkiConfig, AkiModel, exist_ok=True)
 AutoModelForImageTextToText.register(AkiConfig, AkiForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(AkiConfig, AkiProcessor, exist_ok=True)
 register_names()
+# transformers' Trainer shifts the labels that it smooths for classes of the first kind alone; where it serves, the
+# second tells that this one reads pictures.
+for names in (
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+):
+    names[AkiConfig.model_type] = AkiForConditionalGeneration.__name__
 
 __all__ = ["AkiConfig", "AkiConnectorConfig", "AkiForConditionalGeneration", "AkiModel", "AkiProcessor"]

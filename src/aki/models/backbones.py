@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from aki.models.checks import check_complete
 from aki.models.configuration import AkiConfig
 from aki.models.connectors import connector_of
 from aki.models.encoding import encoder_of
 from aki.models.heads import add_output_bias, check_head
+from aki.models.weights import check_complete, check_finite
 
 if TYPE_CHECKING:
     from aki.models.modeling import AkiForConditionalGeneration
@@ -60,4 +60,5 @@ def join_backbones(
 def _load(auto_class: Any, name: str, config: PreTrainedConfig) -> PreTrainedModel:
     model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True)
     check_complete(name, info["missing_keys"])
+    check_finite(name, dict(model.named_parameters()))
     return model

@@ -70,6 +70,26 @@ class TensorFiles:
                 self.dtypes[name] = _DTYPES[entry.get_dtype()]
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there is a file of weights by its usual name."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
+def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape, and dtype as safetensors writes it (F32, BF16, I8, ...), of each tensor of a folder.
+
+    Raises:
+        CheckpointError: files are missing or broken.
+    """
+    found = {}
+    for path in _paths(folder):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118, it is no dict
+                entry = file.get_slice(name)
+                found[name] = (tuple(entry.get_shape()), entry.get_dtype())
+    return found
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON file that holds a dictionary.
 

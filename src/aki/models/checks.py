@@ -1,4 +1,4 @@
-"""What a model refuses: inputs that do not fit, encoders that want more than it gives, incomplete weights."""
+"""What a model refuses: inputs that do not fit, and encoders that want more than it gives."""
 
 from __future__ import annotations
 
@@ -74,15 +74,6 @@ def check_count(placeholders: Tensor, items: int, tokens_per_item: int, name: st
             "the placeholders."
         ),
     )
-
-
-def check_complete(name: str, missing: set[str]) -> None:
-    if missing:
-        shown = ", ".join(sorted(missing)[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-        raise ValueError(
-            f"the checkpoint {name} lacks {len(missing)} of the weights that its config.json describes, which would be "
-            f"left random: {shown}."
-        )
 
 
 def check_takes_one_input(encoder: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from aki.attention.rules import get_rule
 from aki.layout import AUDIO, IMAGE, VIDEO
 from aki.models.media import Media
+from aki.models.weights import check_depth
 
 
 @strict
@@ -55,8 +56,12 @@ class AkiConfig(PreTrainedConfig):
     """
 
     model_type = "aki"
-    # Those to which transformers hands an attention implementation; a connector is no transformers model.
-    sub_configs: ClassVar = dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig)
+    # What evaluation does not gather, from all processes and for the whole set.
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "image_hidden_states"]
+    sub_configs: ClassVar = {
+        **dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig),
+        **dict.fromkeys(("connector_config", "video_connector_config", "audio_connector_config"), AkiConnectorConfig),
+    }
 
     vision_config: Any = None
     text_config: Any = None
@@ -106,7 +111,7 @@ class AkiConfig(PreTrainedConfig):
         """As transformers', which only warns where the configuration is another model's and takes the defaults instead.
 
         Raises:
-            ValueError: the configuration is not an AKI one.
+            ValueError: the configuration is not an AKI one, or asks for more layers than any model has.
         """
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         kind = found.get("model_type")
@@ -117,6 +122,7 @@ class AkiConfig(PreTrainedConfig):
                 "AkiForConditionalGeneration.from_backbones makes one from a vision encoder and a language model, "
                 "`aki convert` makes one from the published checkpoint."
             )
+        check_depth(found, pretrained_model_name_or_path)
         return found, kwargs
 
     @property

@@ -118,6 +118,15 @@ def build_connector(config: AkiConnectorConfig, encoder_width: int, text_width: 
     return CONNECTORS[name](config, encoder_width, text_width)
 
 
+def computation_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype that a module computes in: that of its floating-point parameters; quantised ones are stored integers.
+
+    Args:
+        default: where all of them are quantised, which then compute in the dtype of what comes in.
+    """
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
+
+
 def connector_of(media: Media, config: AkiConfig) -> nn.Module:
     """A new connector between one of the model's encoders and its language model."""
     return build_connector(media.connector_config, media.encoder_config.hidden_size, config.text_config.hidden_size)

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
@@ -14,7 +14,16 @@ from transformers.utils.generic import can_return_tuple
 from aki.layout import IMAGE, VIDEO
 from aki.models.checks import check_size, check_takes_one_input
 from aki.models.configuration import AkiConfig
+from aki.models.connectors import computation_dtype
 from aki.models.media import Media
+
+NEVER_USED = {
+    "siglip_vision_model": ("head",),
+    "clip_vision_model": ("post_layernorm",),
+    "dinov2": ("embeddings.mask_token",),
+    "dinov2_with_registers": ("embeddings.mask_token",),
+}
+"""Parts of encoders, by model_type, that make none of their features: they stay as they are, and are not trained."""
 
 
 class AkiEncodingMixin:
@@ -64,6 +73,12 @@ def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     check_takes_one_input(encoder)
+    for name in NEVER_USED.get(encoder.config.model_type, ()):
+        part: Any = encoder
+        for attribute in name.split("."):
+            part = getattr(part, attribute, None)
+        if part is not None:
+            part.requires_grad_(False)
     return encoder
 
 
@@ -83,7 +98,7 @@ def encode_media(backbone: Any, name: str, values: Tensor, **kwargs) -> BaseMode
         encoded = run_encoder(backbone, media, values.flatten(0, 1) if media.modality == VIDEO else values, **kwargs)
         patches = patches_of(media, encoded)
     connector = backbone.get_submodule(media.connector)
-    embeds = connector(patches.to(next(connector.parameters()).dtype))
+    embeds = connector(patches.to(computation_dtype(connector, patches.dtype)))
     return BaseModelOutputWithPooling(
         last_hidden_state=encoded.last_hidden_state,
         pooler_output=embeds.unflatten(0, (-1, media.frames)).flatten(1, 2),
@@ -99,7 +114,7 @@ def patches_of(media: Media, encoded: BaseModelOutput) -> Tensor:
 
 def run_encoder(backbone: Any, media: Media, values: Tensor, **kwargs) -> BaseModelOutput:
     """An encoder's output; a frozen encoder runs without gradient."""
-    encoder: nn.Module = backbone.get_submodule(media.encoder)
+    encoder: Any = backbone.get_submodule(media.encoder)
     learns = any(parameter.requires_grad for parameter in encoder.parameters())
     # It was settled on pictures; where it is, an autocast around the model changes nothing.
     lower = backbone.encoder_dtype if media.modality == IMAGE else None

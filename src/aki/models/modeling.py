@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from aki.attention import get_rule
 from aki.compat import CACHE, CACHE_NAMES
 from aki.layout import IGNORE_INDEX, SequenceLayout, build_layout
 from aki.models.backbones import join_backbones
-from aki.models.checks import check_behind_cache, check_complete, check_count
+from aki.models.blanks import with_blanks
+from aki.models.checks import check_behind_cache, check_count
 from aki.models.configuration import AkiConfig
 from aki.models.connectors import PerceiverResampler, connector_of
 from aki.models.decoder_inputs import blocks_of_call, decoder_inputs, identify, needs_layout, opens_ahead, padding_of
@@ -25,28 +24,8 @@ from aki.models.explain import AkiExplainMixin
 from aki.models.features import FeatureCache
 from aki.models.generation import AkiGenerationMixin
 from aki.models.heads import new_head, scale_logits
-
-
-@dataclass
-class AkiModelOutput(BaseModelOutputWithPast):
-    """Output of the decoder, and what it was shown of the images.
-
-    Attributes:
-        image_hidden_states: (images, embeddings an image, text width).
-    """
-
-    image_hidden_states: Tensor | None = None
-
-
-@dataclass
-class AkiOutput(CausalLMOutputWithPast):
-    """Output of the language model, and what it was shown of the images.
-
-    Attributes:
-        image_hidden_states: (images, embeddings an image, text width).
-    """
-
-    image_hidden_states: Tensor | None = None
+from aki.models.loading import check_before, check_loaded
+from aki.models.outputs import AkiModelOutput, AkiOutput
 
 
 class AkiPreTrainedModel(PreTrainedModel):
@@ -59,12 +38,29 @@ class AkiPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PerceiverResampler):
             init.normal_(module.latents, mean=0.0, std=1.0)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As transformers'; a connector attends in its own way, and only takes note, without a warning."""
+        connectors = {f"{m.connector}_config": m.connector_config for m in self.config.media.values()}
+        before = {name: connector._attn_implementation for name, connector in connectors.items()}
+        noted = (
+            attn_implementation if isinstance(attn_implementation, dict) else dict.fromkeys(before, attn_implementation)
+        )
+        for name, connector in connectors.items():
+            connector._attn_implementation_internal = noted.get(name, before[name])
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        except ValueError:
+            for name, connector in connectors.items():
+                connector._attn_implementation_internal = before[name]
+            raise
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.language_model.get_input_embeddings()
@@ -161,7 +157,11 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         Raises:
             ValueError: media and placeholders do not fit, or the rule cannot be applied.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            found, inputs_embeds = input_ids, self.get_input_embeddings()(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            found = self.named_tokens(inputs_embeds)
+        else:
             raise ValueError("pass either input_ids or inputs_embeds.")
         cache = past_key_values if cache is None else cache
         given = {
@@ -169,11 +169,10 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
             "pixel_values_videos": pixel_values_videos,
             "input_features": input_features,
         }
-        found = self.named_tokens(inputs_embeds) if input_ids is None else input_ids
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        embeds = {n: encode_media(self, n, values).pooler_output for n, values in given.items() if values is not None}
-        inputs_embeds = self._put_media(found, inputs_embeds, embeds, counted=input_ids is not None)
+        shown = with_blanks(self, {name: values for name, values in given.items() if values is not None}, cache)
+        features = {name: encode_media(self, name, values).pooler_output for name, values in shown.items()}
+        embeds = {name: values for name, values in features.items() if given[name] is not None}
+        inputs_embeds = self._put_media(found, inputs_embeds, features, set(embeds), counted=input_ids is not None)
 
         rule, length = get_rule(attention_rule or self.config.attention_rule), inputs_embeds.shape[1]
         text_config, layout, padding = self.config.text_config, None, padding_of(attention_mask)
@@ -206,12 +205,15 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         named = [media.token_id for media in self.config.media.values()] + (self.config.scope_token_ids or [])
         return identify(inputs_embeds, self.get_input_embeddings(), named)
 
-    def _put_media(self, ids: Tensor, inputs_embeds: Tensor, embeds: dict[str, Tensor], counted: bool) -> Tensor:
+    def _put_media(
+        self, ids: Tensor, inputs_embeds: Tensor, embeds: dict[str, Tensor], given: set[str], counted: bool
+    ) -> Tensor:
+        """What is not given stays in the graph, at no placeholder."""
         for name, media in self.config.media.items():
             placeholders = ids == media.token_id
             if name in embeds:
                 items, tokens, _ = embeds[name].shape
-                check_count(placeholders.sum(), items, tokens, media.name)
+                check_count(placeholders.sum(), items if name in given else 0, tokens, media.name)
                 inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], embeds[name].to(inputs_embeds))
             elif counted and (self.training or ids.shape[1] > 1):
                 check_count(placeholders.sum(), 0, media.tokens_per_item, media.name)
@@ -221,10 +223,12 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
 class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGenerationMixin, AkiExplainMixin):
     """A decoder-only language model that reads images, and videos and audio if configured, by its attention rule."""
 
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+
     def __init__(self, config: AkiConfig):
         super().__init__(config)
         self.model = AkiModel(config)
-        self.lm_head = new_head(config.text_config, config.output_bias)
+        self.lm_head: nn.Module = new_head(config.text_config, config.output_bias)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
@@ -244,8 +248,9 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         """As transformers' `from_pretrained`, which would make up missing weights at random, and load pickles.
 
         Raises:
-            ValueError: the checkpoint is another model's, or lacks weights.
+            ValueError: the checkpoint is another model's, or its weights are not those of its config.json, or broken.
         """
+        check_before(cls, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
@@ -253,7 +258,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
             output_loading_info=True,
             **kwargs,
         )
-        check_complete(pretrained_model_name_or_path, info["missing_keys"])
+        check_loaded(pretrained_model_name_or_path, model, info)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -302,7 +307,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
     @can_return_tuple
@@ -320,7 +325,6 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         logits_to_keep: int | Tensor = 0,
         pixel_values_videos: Tensor | None = None,
         input_features: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -337,6 +341,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         Raises:
             ValueError: media and placeholders do not fit, or the rule cannot be applied.
         """
+        # Not a parameter by name: a Trainer would look for it among the labels of every batch.
+        shift_labels = kwargs.pop("shift_labels", None)
         if labels is None and shift_labels is not None:
             labels = nn.functional.pad(shift_labels[:, :-1], (1, 0), value=IGNORE_INDEX)
         outputs = self.model(

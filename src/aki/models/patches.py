@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aki.models.connectors import computation_dtype
 from aki.models.rule import base_model
 
 
@@ -33,7 +34,7 @@ def token_patches(model: Any, processor: Any, inputs: dict[str, Tensor], tokens:
         return _identity(*_nearest_grid(tokens, rows / columns))
     with torch.no_grad():
         features = base.patch_features(inputs["pixel_values"])
-        weights = connector.feature_weights(features.to(next(connector.parameters()).dtype))
+        weights = connector.feature_weights(features.to(computation_dtype(connector, features.dtype)))
     return weights[0].float().unflatten(-1, (rows, columns))
 
 

@@ -21,6 +21,7 @@ from aki.models.checkpoint_files import CheckpointError, TensorFiles, read_json
 from aki.models.configuration import AkiConfig
 from aki.models.modeling import AkiForConditionalGeneration
 from aki.models.templates import IMAGE_TOKEN
+from aki.models.weights import check_depth, check_finite
 
 _SHOWN = 10
 _COUNTS = ("initial_tokenizer_len", "num_vision_tokens")
@@ -61,6 +62,7 @@ class PublishedCheckpoint:
         """
         folder = Path(folder)
         meta = read_json(folder / "config.json", "it is not a checkpoint folder.")
+        check_depth(meta, folder)
         missing = [key for key in _COUNTS if key not in meta]
         if missing:
             raise CheckpointError(
@@ -132,7 +134,16 @@ class PublishedCheckpoint:
         return torch.promote_types(self.files.dtypes[name], self.files.dtypes[_ADDED.get(name, name)])
 
     def read(self, ours: str) -> Tensor:
-        """A tensor by the name that it has in an `AkiForConditionalGeneration`; of vocabularies both halves."""
+        """A tensor by the name that it has in an `AkiForConditionalGeneration`; of vocabularies both halves.
+
+        Raises:
+            ValueError: it has numbers that are none.
+        """
+        tensor = self._read(ours)
+        check_finite(self.folder, {_published_name(ours): tensor})
+        return tensor
+
+    def _read(self, ours: str) -> Tensor:
         name = _published_name(ours)
         if name not in _ADDED:
             return self.files.read(name)

@@ -11,11 +11,11 @@ from urllib.parse import urlparse
 
 from aki.data.collate import ChatCollator
 from aki.data.feed import Feed, Loader, Position
-from aki.data.mixture import Mixture, mixture_weights
+from aki.data.mixture import Mixture, Samples, mixture_weights
 from aki.data.orders import ORDERS, template_in_order
 from aki.data.report import DataReport
 from aki.data.shards import ShardMixture, open_shards
-from aki.data.sources import Source, open_source
+from aki.data.sources import open_source
 from aki.models import AkiProcessor
 from aki.training.recipe import Recipe, SourceRecipe, StageRecipe
 
@@ -51,7 +51,7 @@ def open_samples(
     return Mixture(sources, weights, recipe.seed)
 
 
-def open_sources(recipe: Recipe, sources: Sequence[SourceRecipe], seed: int) -> list[Source]:
+def open_sources(recipe: Recipe, sources: Sequence[SourceRecipe], seed: int) -> list[Samples]:
     """
     Args:
         seed: of what is drawn in a sample.
@@ -79,13 +79,18 @@ def below(root: str, path: str) -> str:
     return path if urlparse(path).scheme else str(Path(root) / path)
 
 
-def stage_collators(processor: AkiProcessor, stage: StageRecipe) -> list[ChatCollator]:
-    """What makes model inputs of the stage's samples, for each order that it trains in; by the first it is measured."""
+def stage_collators(processor: AkiProcessor, stage: StageRecipe, seed: int = 0) -> list[ChatCollator]:
+    """What makes model inputs of the stage's samples, one a copy that it trains; by the first it is measured.
+
+    Args:
+        seed: of the cuts in captions.
+    """
     name = "caption" if stage.task == "caption" else None
-    return [
-        ChatCollator(processor, stage.max_length, template_in_order(processor, name, order))
+    collators = [
+        ChatCollator(processor, stage.max_length, template_in_order(processor, name, order), stage.seen, seed=seed)
         for order in ORDERS[stage.order]
     ]
+    return collators + [replace(one, seen=0.0, causal=True) for one in collators if stage.also_causal]
 
 
 def stage_loader(

@@ -38,7 +38,7 @@ def data_files(recipe: Recipe, stage: StageRecipe) -> dict[str, str]:
 
 def _named(recipe: Recipe, source: SourceRecipe) -> Iterator[str]:
     """A source's annotation files; a folder of a kind that knows its files by name is those."""
-    names = SOURCES[source.kind].FILES if source.kind in SOURCES else ()
+    names = getattr(SOURCES.get(source.kind), "FILES", ())
     for path in source.annotations:
         if names and Path(below(recipe.root, path)).is_dir():
             yield from (os.path.join(path, name) for name in names)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aki.data.orders import ORDERS
 from aki.data.tokenizer import VOCAB_SIZE
 from aki.models import AkiConfig, AkiForConditionalGeneration
 from aki.training.model import model_config
@@ -134,7 +133,7 @@ def _parts(model: AkiForConditionalGeneration, config: AkiConfig, stage: StageRe
         "connector": 2.0 * sizes["connector"] * (config.num_patches + config.image_seq_length),
         "language_model": _forward(sizes["language_model"] - embedded, text, tokens),
     }
-    forward = {part: len(ORDERS[stage.order]) * flops for part, flops in forward.items()}
+    forward = {part: stage.copies * flops for part, flops in forward.items()}
     parts, gradient_passes = {}, False
     for part in PARTS:
         trained = part not in stage.frozen
@@ -161,7 +160,7 @@ def _memory(
     everything = _count(model)
     trained = sum(_count(model.parts[part]) for part in PARTS if part not in stage.frozen)
     element = 2 if recipe.bf16 else 4
-    rows = stage.batch_size * len(ORDERS[stage.order])
+    rows = stage.batch_size * stage.copies
     length = stage.row_tokens if stage.packing else tokens
     wrapped = (recipe.fsdp or {}).get("transformer_layer_cls_to_wrap", ())
     layers = [_count(module) for module in model.modules() if type(module).__name__ in wrapped]

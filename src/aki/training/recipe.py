@@ -120,6 +120,9 @@ class StageRecipe:
         rule: the attention rule, a name in `aki.attention.RULES`, or several joined by `+`.
         order: `image_first`, `text_first`, `echo` (the question before the picture and after it), or `both`: each
             sample image first and text first, in one step.
+        seen: of a caption, the largest share that may be drawn as prompt, which the picture sees and nobody learns; the
+            rest is learned. 0 learns all of it.
+        also_causal: each sample a second time in the same step, causally and with all of its text learned.
         steps, batch_size: optimizer steps, samples a step on each device.
         learning_rate, min_learning_rate, warmup_steps: a cosine from one to the other after a linear warm-up.
         adam_beta2: AdamW's second decay; short runs want it lower.
@@ -141,6 +144,8 @@ class StageRecipe:
     warmup_steps: int
     weight_decay: float
     order: str = "image_first"
+    seen: float = 0.0
+    also_causal: bool = False
     adam_beta2: float = 0.999
     clip: float = 1.0
     gradient_accumulation_steps: int = 1
@@ -162,6 +167,7 @@ class StageRecipe:
         self._check_data()
         _one_of("task", self.task, ("caption", "question"))
         _one_of("order", self.order, tuple(ORDERS))
+        self._check_seen()
         for part in self.frozen:
             _one_of("frozen", part, PARTS)
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_length", "row_tokens"):
@@ -170,19 +176,33 @@ class StageRecipe:
         for name in ("log_every", "eval_every", "save_every", "warmup_steps", "min_learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name} cannot be negative, it is {getattr(self, name)}.")
-        if self.packing and self.row_tokens < self.max_length:
+        if self.packing and self.row_tokens < self.copies * self.max_length:
+            times = "" if self.copies == 1 else f" {self.copies} times"
             raise RecipeError(
-                f"a sample of up to max_length: {self.max_length} tokens must fit a packed row, which has row_tokens: "
-                f"{self.row_tokens}: raise row_tokens, or lower max_length."
+                f"a sample of up to max_length: {self.max_length} tokens must fit a packed row{times}, which has "
+                f"row_tokens: {self.row_tokens}: raise row_tokens, or lower max_length."
             )
         if self.learning_rate <= 0:
             raise RecipeError(f"learning_rate must be positive, it is {self.learning_rate}.")
         if set(self.frozen) == set(PARTS):
             raise RecipeError("frozen names every part: there is nothing left to train.")
 
+    @property
+    def copies(self) -> int:
+        """How often each sample is trained in a step."""
+        return len(ORDERS[self.order]) * (2 if self.also_causal else 1)
+
+    def _check_seen(self) -> None:
+        if not 0 <= self.seen <= 1:
+            raise RecipeError(f"seen is a share of a caption, from 0 to 1, it is {self.seen}.")
+        if self.seen and (self.task != "caption" or self.order != "image_first"):
+            raise RecipeError(
+                "seen splits captions that follow their picture: set it to 0 for questions and other orders."
+            )
+        if self.also_causal and not self.seen:
+            raise RecipeError("also_causal trains beside what is seen of a caption: set seen to more than 0.")
+
     def _check_data(self) -> None:
-        if self.order == "both" and self.packing:
-            raise RecipeError("order: both is not for packed rows: set packing to false, or another order.")
         if self.sources and self.shards:
             raise RecipeError("a stage reads either sources or shards: give the others a stage of their own.")
         if self.shards and self.mixture == "proportional":
@@ -208,7 +228,7 @@ class Recipe:
         seed: of weights, data and everything drawn.
         workers: processes that prepare batches, for each that trains.
         bf16: autocast to bfloat16.
-        attention: what computes the language model's attention: auto, merged, flex, sdpa or eager.
+        attention: what computes the language model's attention: auto, segments, sdpa or eager.
         cache: a folder for parsed annotations; that of the `datasets` library if absent.
         feature_cache: a folder for the features of a frozen vision encoder, for pictures that repeat over epochs.
         report_to: the Trainer's integrations: none, tensorboard, trackio, wandb, ...

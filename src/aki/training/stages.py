@@ -29,7 +29,7 @@ from aki.files import alone, write_json
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
 from aki.training.data import REPORT, load_position, open_samples, stage_collators, stage_loader, texts
-from aki.training.folder import RESULT, Begun, begin, first_process, relevant, sealed_weights, training_folder
+from aki.training.folder import RESULT, Begun, RunError, begin, first_process, relevant, sealed_weights, training_folder
 from aki.training.held_out import HeldOut, held_out
 from aki.training.model import build_model
 from aki.training.recipe import Recipe
@@ -37,6 +37,9 @@ from aki.training.scoring import accuracy_by_skill
 from aki.training.start import check_start
 from aki.training.trainer import AkiTrainer, Progress, replace_progress
 from aki.training.view import training_scenes
+
+_LOOKED_AT = 64
+"""Samples in which pictures are looked for before training."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
         model, processor = _load(job.start_from)
     else:
         model, processor = build_model(recipe, None if samples is None else texts(samples))
-    collators = stage_collators(processor, stage)
+    collators = stage_collators(processor, stage, recipe.seed)
     asked = held_out(recipe, stage, collators[0])
     trainer = stage_trainer(job, arguments, model, collators, samples, position, asked)
     progress = Progress(job.title or job.stage, training_folder(job.output) / "log.txt", job.report)
@@ -222,7 +225,7 @@ def stage_trainer(
         if "vision_encoder" in stage.frozen:
             pictured = [collator([train[i]])["pixel_values"] for i in range(min(8, len(train)))]
         if stage.packing:
-            rows = PackedRows(train, collator, stage.row_tokens, recipe.seed)
+            rows = PackedRows(train, collators, stage.row_tokens, recipe.seed)
             data = {"data_collator": PackedCollator(padding), "train_dataset": rows}
         else:
             shown = Batches(train, InEachOrder(collators, padding), _name(train, collators), job.memory)
@@ -232,12 +235,19 @@ def stage_trainer(
         loader = stage_loader(samples, collators, recipe, stage, rank, ranks, position, torch.cuda.is_available())
         data = {"data_collator": collator, "loader": loader}
         if "vision_encoder" in stage.frozen:
-            seen = samples.peek(8, lambda sample: collator.encode(sample)[0].get("pixel_values"))
-            pictured = [one for one in seen if one is not None]
+            seen = samples.peek(_LOOKED_AT, lambda sample: (collator.encode(sample)[0].get("pixel_values"),))
+            pictured = [one for (one,) in seen if one is not None][:8]
     if "vision_encoder" in stage.frozen:
-        _settle_encoder(model, torch.cat(pictured), recipe, arguments.device)
+        _settle_encoder(model, pictured, recipe, arguments)
     score = None if asked is None else lambda current: _score(job, current, collator, asked.validation)
-    return AkiTrainer(model, arguments, **data, eval_dataset=None if asked is None else asked.validation, score=score)
+    return AkiTrainer(
+        model,
+        arguments,
+        **data,
+        eval_dataset=None if asked is None else asked.validation,
+        score=score,
+        may_open_nothing=stage.seen > 0,
+    )
 
 
 def _score(
@@ -256,17 +266,33 @@ def _score(
 def _name(scenes: DigitScenes, collators: list[ChatCollator]) -> str:
     """Everything that a batch of these scenes depends on."""
     what = (scenes.split, scenes.task, scenes.seed, scenes.image_size, scenes.grid, scenes.skills)
-    how = [(collator.template, collator.max_length, collator.processor.image_seq_length) for collator in collators]
+    how = [
+        (one.template, one.max_length, one.processor.image_seq_length, one.seen, one.causal, one.seed)
+        for one in collators
+    ]
     return repr((what, how))
 
 
 def _settle_encoder(
-    model: AkiForConditionalGeneration, pixel_values: Tensor, recipe: Recipe, device: torch.device
+    model: AkiForConditionalGeneration, pictures: list[Tensor], recipe: Recipe, arguments: TrainingArguments
 ) -> None:
-    """A frozen encoder runs in the lowest precision that keeps its features, and once a picture if there is a cache."""
+    """A frozen encoder runs in the lowest precision that keeps its features, and once a picture if there is a cache.
+
+    Where there are no pictures to settle it on, it keeps its own.
+
+    Raises:
+        RunError: a cache, and an encoder that is sharded.
+    """
     backbone = model.model
-    backbone.vision_encoder.to(device)
-    backbone.encoder_dtype = lowest_precision(model.patch_features, pixel_values.to(device))
+    backbone.vision_encoder.to(arguments.device)
+    backbone.encoder_dtype = backbone.vision_encoder.dtype
+    if pictures:
+        backbone.encoder_dtype = lowest_precision(model.patch_features, torch.cat(pictures).to(arguments.device))
+    if recipe.feature_cache is not None and arguments.fsdp:
+        raise RunError(
+            "fsdp shards the vision encoder, which all processes then run at the same time, and feature_cache would "
+            "let some of them skip it: take one of them out of the recipe."
+        )
     if recipe.feature_cache is not None:
         backbone.feature_cache = FeatureCache(recipe.feature_cache, backbone.vision_encoder, backbone.encoder_dtype)
 

@@ -15,21 +15,25 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from aki.attention import check_no_leak, get_rule
+from aki.attention import NothingOpensError, check_no_leak, get_rule
 from aki.data.feed import Loader
 from aki.data.report import DataReport
-from aki.layout import IGNORE_INDEX
+from aki.layout import IGNORE_INDEX, SequenceLayout
 from aki.models import AkiForConditionalGeneration
 from aki.training.checkpoint import WHOLE, mark_whole
 from aki.training.data import save_position
+
+NEVER_OPENS = 100
+"""Batches with media that open nothing, after which a stage is taken for one that never opens anything."""
 
 
 class AkiTrainer(Trainer):
     """Refuses batches that leak, measures by `score`, and marks a checkpoint once all of it is written.
 
     Args:
-        score: model -> metrics, called every `eval_steps`.
+        score: model -> metrics, called every `eval_steps` instead of the Trainer's own evaluation.
         loader: the batches of this process, instead of a `train_dataset` that is shuffled and dealt out here.
+        may_open_nothing: a batch with media may open nothing, as long as one of the first opens something.
     """
 
     def __init__(
@@ -37,11 +41,20 @@ class AkiTrainer(Trainer):
         *args,
         score: Callable[[AkiForConditionalGeneration], dict[str, float]] | None = None,
         loader: Loader | None = None,
+        may_open_nothing: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs, **({} if loader is None else {"train_dataset": loader.feed}))
         self.score, self.loader = score, loader
         self.guard_seconds = 0.0
+        self.may_open_nothing, self.opened, self.shut = may_open_nothing, False, 0
+
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        """As the Trainer's, which with gradient checkpointing takes it that each parameter has a gradient: those behind
+        an encoder's last hidden state (a pooling head) have none."""
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True
+        return super()._build_accelerator_args(**kwargs)
 
     def get_train_dataloader(self) -> Any:
         return super().get_train_dataloader() if self.loader is None else self.loader
@@ -98,12 +111,27 @@ class AkiTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
         started = time.perf_counter()
-        guard_batch(self.accelerator.unwrap_model(model), inputs)
+        layout = self._guard(model, inputs)
         self.guard_seconds += time.perf_counter() - started
-        # DataParallel would deal positions out to its devices as if they were rows.
-        if "labels" in inputs and self.args.n_gpu <= 1:
+        if layout is not None and (self.label_smoother is not None or self.compute_loss_func is not None):
+            inputs = _without_labels(inputs, layout)
+        # DataParallel would deal positions out to its devices as if they were rows; evaluation gathers all logits.
+        elif layout is not None and model.training and self.args.n_gpu <= 1:
             inputs = {**inputs, "logits_to_keep": supervised_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _guard(self, model: nn.Module, inputs: dict[str, Any]) -> SequenceLayout | None:
+        """As `guard_batch`, which refuses a batch that opens nothing too, unless that is what was drawn."""
+        whole: Any = self.accelerator.unwrap_model(model)
+        layout = layout_of(whole, inputs)
+        try:
+            check_layout(whole, inputs, layout)
+            self.opened |= any(name in inputs for name in whole.config.media)
+        except NothingOpensError:
+            self.shut += 1
+            if not self.may_open_nothing or (not self.opened and self.shut >= NEVER_OPENS):
+                raise
+        return layout
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As the Trainer's, without the language model's input embeddings (paper, section 4)."""
@@ -112,7 +140,8 @@ class AkiTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name in kept]
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
-        assert self.score is not None
+        if self.score is None:
+            return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score(self.model).items()}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -131,25 +160,38 @@ def supervised_positions(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero()[:, 0]
 
 
+def _without_labels(inputs: dict[str, Any], layout: SequenceLayout) -> dict[str, Any]:
+    """For a loss of the user's or a smoothed one, which keeps the labels from `forward`: all that it reads off them."""
+    labels = inputs["labels"].masked_fill(layout.is_media, IGNORE_INDEX)
+    return {"prompt_block_ids": layout.prompt_block, **inputs, "labels": labels}
+
+
 def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> None:
     """Run the leak guard on a batch as `forward` would see it.
 
     Raises:
         LeakError: the batch leaks, or the rule opens nothing.
     """
-    labels = inputs.get("labels")
-    if labels is None:
-        return
-    rule = inputs.get("attention_rule") or model.config.attention_rule
-    layout = model.layout(
+    check_layout(model, inputs, layout_of(model, inputs))
+
+
+def layout_of(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> SequenceLayout | None:
+    """What each token of a training batch is; None where nothing is learned."""
+    if inputs.get("labels") is None:
+        return None
+    return model.layout(
         inputs["input_ids"],
         attention_mask=inputs.get("attention_mask"),
         position_ids=inputs.get("position_ids"),
         prompt_block_ids=inputs.get("prompt_block_ids"),
-        labels=labels,
-        attention_rule=rule,
+        labels=inputs["labels"],
+        attention_rule=inputs.get("attention_rule"),
     )
-    check_no_leak(get_rule(rule), layout, labels)
+
+
+def check_layout(model: AkiForConditionalGeneration, inputs: dict[str, Any], layout: SequenceLayout | None) -> None:
+    if layout is not None:
+        check_no_leak(get_rule(inputs.get("attention_rule") or model.config.attention_rule), layout, inputs["labels"])
 
 
 class Progress(TrainerCallback):

@@ -63,7 +63,7 @@ def stage_view(recipe: Recipe, name: str) -> StageView:
             f"{recipe.start_from} holds no processor: run the stage before it first, or name another folder with "
             "--start-from, or look with --tiny, which needs none."
         )
-    collator = stage_collators(processor, stage)[0]
+    collator = stage_collators(processor, stage, recipe.seed)[0]
     if samples is None:
         scenes = training_scenes(recipe, stage, processor)
         return StageView(processor, collator, [("digits", scenes)], scenes)
