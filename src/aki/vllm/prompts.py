@@ -114,14 +114,15 @@ class PromptReader:
     def __init__(self, config: Any, rule: str, tokenizer: Any = None, own: str | None = None):
         self.own = own
         self.rule = self._with_own(rule)
-        self.config, self.tokenizer = config, tokenizer
+        self.media_token_ids: dict[int, int] = {}
+        self.tokens_per_item: dict[int, int] | None = None
         if config.model_type == "aki":
             self.media_token_ids = {media.modality: media.token_id for media in config.media.values()}
             self.tokens_per_item = {media.modality: media.tokens_per_item for media in config.media.values()}
             self.scope_token_ids = config.scope_token_ids
             self.answer_token_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(ANSWER_TOKEN)
         else:
-            self.media_token_ids, self.tokens_per_item = media_token_ids(config), None
+            self.media_token_ids = media_token_ids(config)
             self.scope_token_ids, self.answer_token_id = scope_token_ids(tokenizer), None
         self.marks = AnswerMarks.of(tokenizer) if getattr(tokenizer, "chat_template", None) else None
 
