@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 NEEDED = (
     "the engine vllm needs vLLM, built for this machine's hardware: pip install vllm (docs/serving.md says which), in "
@@ -36,7 +37,8 @@ def server_command(
         more: flags of vLLM's own, handed on; of a flag that is given twice vLLM takes the last.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    command += ["--served-model-name", model, "--host", host, "--port", str(port)]
+    # aki serve's own name for a folder first.
+    command += ["--served-model-name", Path(model).resolve().name, model, "--host", host, "--port", str(port)]
     if not remote_images:
         # vLLM fetches from the domains that are named, and from any where none is; no host has this name.
         command += ["--allowed-media-domains", "nowhere.invalid"]
