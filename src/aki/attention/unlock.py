@@ -83,6 +83,26 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
     return model
 
 
+def layout_of_batch(model: nn.Module, inputs: dict[str, Any]) -> SequenceLayout:
+    """What each token of a training batch is to an unlocked model.
+
+    Args:
+        inputs: as forward takes them, with `labels`.
+    """
+    state: _Unlocked = getattr(underlying_model(model), _STATE)
+    return build_layout(
+        inputs["input_ids"],
+        state.media_token_ids,
+        None,
+        attention_mask=inputs.get("attention_mask"),
+        position_ids=_text_positions(inputs.get("position_ids")),
+        prompt_block_ids=inputs.get("prompt_block_ids"),
+        labels=inputs["labels"],
+        training=True,
+        scope_token_ids=state.scope_token_ids,
+    )
+
+
 def _check_scopes(model: PreTrainedModel, scopes: list[int] | None) -> None:
     if scopes is None:
         raise ValueError(

@@ -35,17 +35,29 @@ class BackbonesRecipe:
 
 @dataclass
 class ModelRecipe:
-    """The parts, each as its transformers configuration: `model_type` and the sizes that differ from its defaults.
+    """A trained model, or the parts of a new one, each as its transformers configuration: `model_type` and the sizes
+    that differ from its defaults.
 
     Attributes:
+        pretrained: a folder or hub id of any multimodal model that `aki.unlock` takes, or of AKI's own; it has its
+            sizes, its processor and its chat template. None makes a new model of the sizes.
         from_backbones: where trained parts come from; None starts from random weights of those sizes. The sizes above
             must be theirs: what a run needs is known before anything is downloaded.
     """
 
-    vision: dict[str, Any]
-    text: dict[str, Any]
-    connector: dict[str, Any]
+    vision: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+    connector: dict[str, Any] = field(default_factory=dict)
     from_backbones: BackbonesRecipe | None = None
+    pretrained: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pretrained is None:
+            for part in ("vision", "text", "connector"):
+                if not getattr(self, part):
+                    raise RecipeError(f"the key 'model.{part}' is missing: name its sizes, or model.pretrained.")
+        elif self.from_backbones is not None or self.vision or self.text or self.connector:
+            raise RecipeError("model.pretrained is a whole model, with sizes of its own: leave the other keys out.")
 
 
 @dataclass
@@ -258,6 +270,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _one_of("attention", self.attention, (*BACKENDS, "sdpa", "eager"))
+        if self.model.pretrained and self.start_from:
+            raise RecipeError("model.pretrained and start_from both say what to start from: leave one out.")
         stages = [self.stage(name) for name in self.stages]
         if not stages:
             raise RecipeError(f"a recipe has at least one stage: {' or '.join(STAGES)}.")

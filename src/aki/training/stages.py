@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 from aki.attention.guard import CHOOSE_CAUSAL, LeakError
+from aki.attention.prompts import PromptBlockWriter
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
 from aki.data.feed import Position
@@ -28,13 +29,14 @@ from aki.data.shards import ShardMixture
 from aki.files import alone, write_json
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
+from aki.models.other import is_aki, parameters_of
 from aki.training.data import REPORT, load_position, open_samples, stage_collators, stage_loader, texts
 from aki.training.folder import RESULT, Begun, RunError, begin, first_process, relevant, sealed_weights, training_folder
 from aki.training.held_out import HeldOut, held_out
 from aki.training.model import build_model
 from aki.training.recipe import Recipe
 from aki.training.scoring import accuracy_by_skill
-from aki.training.start import check_start
+from aki.training.start import check_start, load_start, set_rule
 from aki.training.trainer import AkiTrainer, Progress, replace_progress
 from aki.training.view import training_scenes
 
@@ -63,6 +65,12 @@ class Job:
     report: Callable[[dict[str, Any]], None] | None = None
     memory: Memory | None = None
 
+    @property
+    def start(self) -> Path | None:
+        """Of the weights: the folder, else the recipe's trained model, which may be a hub id."""
+        pretrained = self.recipe.model.pretrained
+        return self.start_from or (Path(pretrained) if pretrained else None)
+
 
 def run_stage(job: Job) -> dict[str, Any]:
     """Train one stage, save model and processor, and return what was measured (also in `output/result.json`).
@@ -83,7 +91,9 @@ def run_stage(job: Job) -> dict[str, Any]:
 
         def start() -> Begun:
             held.enter_context(lock)
-            return begin(job.recipe, job.stage, job.output, job.start_from, job.resume)
+            # What a hub id stands for is not looked into.
+            folder = job.start if job.start_from or (job.start and job.start.is_dir()) else None
+            return begin(job.recipe, job.stage, job.output, folder, job.resume)
 
         begun = first_process(start)
         return _train(job, arguments, begun.checkpoint) if begun.result is None else begun.result
@@ -92,14 +102,16 @@ def run_stage(job: Job) -> dict[str, Any]:
 def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> dict[str, Any]:
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
     # Before the data, which may take minutes to read the first time.
-    if job.start_from:
-        check_start(recipe, job.start_from)
+    if job.start:
+        check_start(recipe, job.start)
     rank, ranks = arguments.process_index, arguments.world_size
     position = load_position(checkpoint, recipe, stage, rank, ranks)
     samples = open_samples(recipe, stage, ranks, position.places)
     set_seed(recipe.seed)
-    if job.start_from:
-        model, processor = _load(job.start_from)
+    model: Any
+    processor: AkiProcessor | PromptBlockWriter
+    if job.start:
+        model, processor = load_start(job.start)
     else:
         model, processor = build_model(recipe, None if samples is None else texts(samples))
     collators = stage_collators(processor, stage, recipe.seed)
@@ -140,7 +152,7 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
     return result
 
 
-def _save(job: Job, trainer: AkiTrainer, processor: AkiProcessor, result: dict[str, Any]) -> None:
+def _save(job: Job, trainer: AkiTrainer, processor: AkiProcessor | PromptBlockWriter, result: dict[str, Any]) -> None:
     """Model, processor and what was measured; the result comes last, because it says that the stage is done."""
     report = None if trainer.loader is None else trainer.data_report()
     # All processes take part: each may hold a shard of the weights.
@@ -205,7 +217,7 @@ def stage_arguments(job: Job) -> TrainingArguments:
 def stage_trainer(
     job: Job,
     arguments: TrainingArguments,
-    model: AkiForConditionalGeneration,
+    model: Any,
     collators: list[ChatCollator],
     samples: Mixture | ShardMixture | None,
     position: Position,
@@ -213,16 +225,17 @@ def stage_trainer(
 ) -> AkiTrainer:
     """What trains a stage, on DigitScenes where there are no `samples`; it gives the model the stage's rule."""
     recipe, stage, collator = job.recipe, job.recipe.stage(job.stage), collators[0]
-    model.config.attention_rule = stage.rule
-    model.set_attn_implementation({"text_config": recipe.attention})
-    for part in stage.frozen:
-        model.parts[part].requires_grad_(False)
+    set_rule(model, collator.processor, stage.rule, recipe.attention)
+    parts = parameters_of(model)
+    for parameter in (parameter for part in stage.frozen for parameter in parts[part]):
+        parameter.requires_grad_(False)
+    settles = "vision_encoder" in stage.frozen and is_aki(model)
     data: dict[str, Any]
     if samples is None:
         assert isinstance(collator.processor, AkiProcessor)
         padding = collator.processor.tokenizer.pad_token_id
         train = training_scenes(recipe, stage, collator.processor)
-        if "vision_encoder" in stage.frozen:
+        if settles:
             pictured = [collator([train[i]])["pixel_values"] for i in range(min(8, len(train)))]
         if stage.packing:
             rows = PackedRows(train, collators, stage.row_tokens, recipe.seed)
@@ -234,10 +247,10 @@ def stage_trainer(
         rank, ranks = arguments.process_index, arguments.world_size
         loader = stage_loader(samples, collators, recipe, stage, rank, ranks, position, torch.cuda.is_available())
         data = {"data_collator": collator, "loader": loader}
-        if "vision_encoder" in stage.frozen:
+        if settles:
             seen = samples.peek(_LOOKED_AT, lambda sample: (collator.encode(sample)[0].get("pixel_values"),))
             pictured = [one for (one,) in seen if one is not None][:8]
-    if "vision_encoder" in stage.frozen:
+    if settles:
         _settle_encoder(model, pictured, recipe, arguments)
     score = None if asked is None else lambda current: _score(job, current, collator, asked.validation)
     return AkiTrainer(
@@ -250,9 +263,7 @@ def stage_trainer(
     )
 
 
-def _score(
-    job: Job, model: AkiForConditionalGeneration, collator: ChatCollator, questions: Dataset
-) -> dict[str, float]:
+def _score(job: Job, model: Any, collator: ChatCollator, questions: Dataset) -> dict[str, float]:
     if isinstance(questions, DigitScenes):
         return accuracy_by_skill(model, collator, questions, name=_name(questions, [collator]), memory=job.memory)
     # As in training: its rows, and as many as fit there. Pictures of files are too many to remember.
@@ -295,10 +306,6 @@ def _settle_encoder(
         )
     if recipe.feature_cache is not None:
         backbone.feature_cache = FeatureCache(recipe.feature_cache, backbone.vision_encoder, backbone.encoder_dtype)
-
-
-def _load(folder: Path) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
-    return AkiForConditionalGeneration.from_pretrained(folder), AkiProcessor.from_pretrained(folder)
 
 
 def _point(entry: dict[str, Any]) -> dict[str, Any]:
