@@ -84,7 +84,7 @@ def llava() -> tuple[Any, Any]:
     processor = LlavaProcessor(images, tokenizer, chat_template=template("<image>\n"), **options)
     config = AutoConfig.for_model(
         "llava",
-        text_config=text_sizes(tokenizer, "llama"),
+        text_config=text_sizes(tokenizer, "llama", hidden_size=64, intermediate_size=64),
         vision_config={"model_type": "clip_vision_model", **VISION},
         image_token_index=processor.image_token_id,
     )

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from aki.attention import unlock as unlock_model
 from aki.models import AkiConfig
 from aki.models.adapters import model_of_adapter
-from aki.models.other import load_any
+from aki.models.other import described, load_any
 
 
 def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
@@ -37,7 +36,7 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
 
 def _loaded(folder: str | Path, unlock: bool) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found, _ = PreTrainedConfig.get_config_dict(folder)
+    found = described(folder)
     kind = found.get("model_type")
     other = kind not in (AkiConfig.model_type, None)
     if other and not unlock and "attention_rule" not in found:

@@ -78,7 +78,7 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
     lock(model)
     state.attach(base)
     setattr(base, _STATE, state)
-    _record_rule(inner, base, name)
+    record_rule(inner, base, name)
     _say_what_is_joined(base, name)
     return model
 
@@ -124,7 +124,7 @@ def lock(model: nn.Module) -> nn.Module:
     if state is not None:
         state.detach()
         delattr(base, _STATE)
-        _record_rule(unwrapped(model), base, None)
+        record_rule(unwrapped(model), base, None)
     return model
 
 
@@ -333,8 +333,15 @@ def _recorded_rule(model: nn.Module, base: PreTrainedModel) -> str | None:
     return next((m[_CONFIG_FIELD] for m in mappings if _CONFIG_FIELD in m), getattr(base.config, _CONFIG_FIELD, None))
 
 
-def _record_rule(model: nn.Module, base: PreTrainedModel, name: str | None) -> None:
-    """An adapter's configuration has one field that takes what PEFT doesn't know: `auto_mapping`."""
+def record_rule(model: nn.Module, base: PreTrainedModel, name: str | None) -> None:
+    """Write a rule's name where loading finds it; None takes it out.
+
+    An adapter's configuration has one field that takes what PEFT doesn't know: `auto_mapping`.
+
+    Args:
+        model: perhaps PEFT's wrapper.
+        base: the model in it.
+    """
     if name is not None:
         setattr(base.config, _CONFIG_FIELD, name)
     elif hasattr(base.config, _CONFIG_FIELD):

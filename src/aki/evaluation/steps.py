@@ -23,7 +23,7 @@ from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.training.data import open_samples, stage_collators, texts
 from aki.training.model import build_processor, model_config
 from aki.training.recipe import Recipe, beyond_defaults
-from aki.training.stages import Job, stage_arguments, stage_trainer
+from aki.training.stages import Job, quantized, stage_arguments, stage_trainer
 from aki.training.start import load_start, set_rule
 from aki.training.trainer import AkiTrainer
 
@@ -83,7 +83,16 @@ def row_steps(recipe: Recipe, rows: Sequence[str], folder: Path) -> dict[str, St
         own = replace(row_recipe(recipe, recipe.rows[row], recipe.seed), workers=0, report_to=("none",))
         stage = own.sft = replace(own.stage("sft"), eval_every=0, save_every=0)
         samples = open_samples(own, stage, 1, {})
-        alike = (own.model, own.start_from, own.attention, stage.frozen, own.data.grid, stage.sources, stage.shards)
+        alike = (
+            own.model,
+            own.start_from,
+            own.adapter,
+            own.attention,
+            stage.frozen,
+            own.data.grid,
+            stage.sources,
+            stage.shards,
+        )
         key = json.dumps(beyond_defaults(alike), sort_keys=True)
         if key not in shared:
             shared[key] = (*_untrained(own, samples), None)
@@ -96,6 +105,7 @@ def row_steps(recipe: Recipe, rows: Sequence[str], folder: Path) -> dict[str, St
         trainer.optimizer = optimizer or trainer.create_optimizer()
         for group in trainer.optimizer.param_groups:
             group["lr"] = 0.0
+        model = trainer.model  # with its adapter, which rows share too
         shared[key] = (model, processor, trainer.optimizer)
         batches = list(islice(trainer.get_train_dataloader(), BATCHES))
         steps[row] = Step(model, trainer, cycle(batches), stage.rule, processor, own.attention)
@@ -171,7 +181,8 @@ def _fingerprint(recipe: Recipe, row: str) -> str:
 def _untrained(recipe: Recipe, samples: Any) -> tuple[Any, Any]:
     """A model of the recipe's sizes and its processor; of a trained model the model itself, whose weights stay."""
     if recipe.model.pretrained:
-        return load_start(Path(recipe.model.pretrained))
+        start = Path(recipe.model.pretrained)
+        return load_start(start, quantized(recipe, start))
     if recipe.start_from:
         config = AkiConfig.from_pretrained(recipe.start_from)
         return AkiForConditionalGeneration(config), AkiProcessor.from_pretrained(recipe.start_from)

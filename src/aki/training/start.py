@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from aki.attention import unlock, write_prompt_blocks
 from aki.attention.families import text_decoder
 from aki.attention.prompts import PromptBlockWriter
+from aki.attention.unlock import record_rule
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
-from aki.models.adapters import adapter_of, model_of_adapter
-from aki.models.other import is_aki, kind_of, load_any, load_other_processor
+from aki.models.adapters import adapter_of, has_model, model_of_adapter
+from aki.models.other import base_of, is_aki, kind_of, load_any, load_other_processor
 from aki.training.folder import RESULT, RunError, training_folder
 from aki.training.model import model_config
 from aki.training.recipe import Recipe, RecipeError
@@ -33,15 +35,14 @@ def check_start(recipe: Recipe, folder: Path) -> None:
     """
     if recipe.model.pretrained and not folder.is_dir():
         return  # a hub id
-    if not (folder / "config.json").exists():
-        base = adapter_of(folder)
-        if base is not None:
-            raise RunError(f"{folder} holds an adapter alone: merge it into {base} first, and start from that.")
+    if not has_model(folder):
         raise RunError(f"{folder} holds no model to start from: run the stage before it first.")
     if (training_folder(folder) / "run.json").exists() and not (folder / RESULT).exists():
         raise RunError(f"{folder} holds a run that is not finished: go on with it first, with --resume.")
     if recipe.model.pretrained:
         return
+    if adapter_of(folder) is not None:
+        return  # its sizes are those of the model that it names
     kind = kind_of(folder)
     if kind != AkiConfig.model_type:
         raise RunError(
@@ -54,7 +55,9 @@ def check_start(recipe: Recipe, folder: Path) -> None:
         raise RunError(f"{folder} holds another model than the recipe's: {shown}. Correct the recipe, or --start-from.")
 
 
-def load_start(folder: Path) -> tuple[Any, AkiProcessor | PromptBlockWriter]:
+def load_start(
+    folder: Path, quantization: BitsAndBytesConfig | None = None
+) -> tuple[Any, AkiProcessor | PromptBlockWriter]:
     """What is there, in float32: a stage trains the weights themselves. Another family's processor says where its
     answers are.
 
@@ -63,7 +66,8 @@ def load_start(folder: Path) -> tuple[Any, AkiProcessor | PromptBlockWriter]:
         CannotUnlock: a model over which no rule could be laid.
     """
     with model_of_adapter(folder):
-        model, processor = load_any(folder, torch.float32)
+        options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+        model, processor = load_any(folder, torch.float32, **options)
     if is_aki(model):
         return model, processor
     text_decoder(model)
@@ -85,7 +89,7 @@ def set_rule(model: Any, processor: AkiProcessor | PromptBlockWriter, rule: str,
         CannotUnlock: a rule that this model does not take.
     """
     if is_aki(model):
-        model.config.attention_rule = rule
+        record_rule(model, base_of(model), rule)
         model.set_attn_implementation({"text_config": attention})
         return
     if attention not in _ATTENTION:
