@@ -80,9 +80,29 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
     lock(model)
     state.attach(base)
     setattr(base, _STATE, state)
-    _record_rule(inner, base, name)
+    record_rule(inner, base, name)
     _say_what_is_joined(base, name)
     return model
+
+
+def layout_of_batch(model: nn.Module, inputs: dict[str, Any]) -> SequenceLayout:
+    """What each token of a training batch is to an unlocked model.
+
+    Args:
+        inputs: as forward takes them, with `labels`.
+    """
+    state: _Unlocked = getattr(underlying_model(model), _STATE)
+    return build_layout(
+        inputs["input_ids"],
+        state.media_token_ids,
+        None,
+        attention_mask=inputs.get("attention_mask"),
+        position_ids=_text_positions(inputs.get("position_ids")),
+        prompt_block_ids=inputs.get("prompt_block_ids"),
+        labels=inputs["labels"],
+        training=True,
+        scope_token_ids=state.scope_token_ids,
+    )
 
 
 def _check_scopes(model: PreTrainedModel, scopes: list[int] | None) -> None:
@@ -106,7 +126,7 @@ def lock(model: nn.Module) -> nn.Module:
     if state is not None:
         state.detach()
         delattr(base, _STATE)
-        _record_rule(unwrapped(model), base, None)
+        record_rule(unwrapped(model), base, None)
     return model
 
 
@@ -338,8 +358,15 @@ def _recorded_rule(model: nn.Module, base: PreTrainedModel) -> str | None:
     return next((m[_CONFIG_FIELD] for m in mappings if _CONFIG_FIELD in m), getattr(base.config, _CONFIG_FIELD, None))
 
 
-def _record_rule(model: nn.Module, base: PreTrainedModel, name: str | None) -> None:
-    """An adapter's configuration has one field that takes what PEFT doesn't know: `auto_mapping`."""
+def record_rule(model: nn.Module, base: PreTrainedModel, name: str | None) -> None:
+    """Write a rule's name where loading finds it; None takes it out.
+
+    An adapter's configuration has one field that takes what PEFT doesn't know: `auto_mapping`.
+
+    Args:
+        model: perhaps PEFT's wrapper.
+        base: the model in it.
+    """
     if name is not None:
         setattr(base.config, _CONFIG_FIELD, name)
     elif hasattr(base.config, _CONFIG_FIELD):

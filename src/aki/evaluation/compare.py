@@ -17,6 +17,7 @@ from aki.evaluation.cells import run_cells
 from aki.evaluation.plan import SEARCH_SEED, Cell, check, plan
 from aki.evaluation.steps import Steps, load_steps, time_missing
 from aki.files import alone, write_json
+from aki.models.adapters import has_model
 from aki.training.folder import RunError
 from aki.training.recipe import Recipe
 
@@ -123,9 +124,7 @@ def _train_missing(cells: Sequence[Cell], output: Path, parallel: int) -> None:
     starts = {cell.start_from for cell in missing}
     # A pre-training's model may be gone although its result is kept.
     needed = [
-        cell
-        for cell in cells
-        if cell.name in starts and not ((output / cell.name / "config.json").exists() and _read(output, cell))
+        cell for cell in cells if cell.name in starts and not (has_model(output / cell.name) and _read(output, cell))
     ]
 
     def keep(cell: Cell, result: Run) -> None:
