@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 from transformers.utils import logging
 
 from aki.attention import unlock as unlock_model
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.models.adapters import model_of_adapter
+from aki.models.loading import check_family_before
 from aki.models.template_limits import check_templates
 from aki.models.weights import check_complete, check_depth, check_finite
 
@@ -52,6 +53,7 @@ def _loaded(folder: str | Path, unlock: bool) -> tuple[Any, Any]:
     check_depth(found, folder)
     processor = AutoProcessor.from_pretrained(folder, **closed)
     check_templates(processor)
+    check_family_before(folder, AutoConfig.from_pretrained(folder, **closed))
     model, info = AutoModelForImageTextToText.from_pretrained(
         folder, use_safetensors=True, dtype="auto", output_loading_info=True, **closed
     )

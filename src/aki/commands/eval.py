@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,14 +59,23 @@ class Eval:
                 raise ValueError(f"--{option} must be at least 1, it is {count}.")
         if self.engine == "vllm" and (self.backend is not None or self.limit_new_tokens is not None):
             raise ValueError("--backend and --limit-new-tokens are aki's own engine's: leave them out with vllm.")
+        from aki.evaluation.suite import columns
+        from aki.files import alone
+
+        columns(self.suite, self.tasks)  # says what is no task
+        name = self.name or Path(self.model).resolve().name
+        output = self.output or Path("runs/eval") / name
+        # torchrun ends the others when the first is refused.
+        first = int(os.environ.get("RANK", 0)) == 0
+        with alone(output / "lock", f"the output folder {output}") if first else nullcontext():
+            self._evaluate(name, output)
+
+    def _evaluate(self, name: str, output: Path) -> None:
         from aki.evaluation.lmms import Aki, vllm_model
         from aki.evaluation.run import Evaluation, evaluate
         from aki.evaluation.suite import columns
         from aki.evaluation.tables import summary
 
-        chosen = columns(self.suite, self.tasks)
-        name = self.name or Path(self.model).resolve().name
-        output = self.output or Path("runs/eval") / name
         data = self.data
         if self.suite == "digits":
             from accelerate import PartialState
@@ -90,7 +101,7 @@ class Eval:
                 limit_new_tokens=self.limit_new_tokens,
             )
         )
-        evaluation = Evaluation(self.suite, chosen, output, data, self.limit, self.seed)
+        evaluation = Evaluation(self.suite, columns(self.suite, self.tasks), output, data, self.limit, self.seed)
         results = evaluate(evaluation, model, name)
         if results is not None:
             beside = f"; beside the paper's: aki table {output}" if self.suite == "paper" else ""

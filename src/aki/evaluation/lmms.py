@@ -25,6 +25,7 @@ from aki.attention import BACKENDS, get_rule
 from aki.evaluation.answers import AnswerCache, key_of
 from aki.evaluation.fingerprints import data_fingerprint, model_fingerprint
 from aki.models.adapters import model_of_adapter
+from aki.models.loading import check_family_before
 from aki.models.template_limits import check_templates
 from aki.models.weights import check_depth
 
@@ -253,6 +254,8 @@ def load_model(pretrained: str, dtype: str, rule: str | None, unlock: bool, back
         raise ValueError(f"{pretrained} is an AKI model, which has its rule already: leave unlock out.")
     if rule is not None and not (is_aki or unlock):
         raise ValueError(f"{pretrained} is a {config.model_type} model: a rule needs unlock=True.")
+    if not is_aki:
+        check_family_before(pretrained, config)
     implementation: Any = backend
     if is_aki and backend in BACKENDS:
         implementation = {"text_config": backend}
