@@ -2,6 +2,7 @@
 
 from aki import plots
 from aki.attention import lock, unlock, write_prompt_blocks
+from aki.data.pack import pack
 from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiModel, AkiProcessor
 from aki.models.explain import explain
 
@@ -14,6 +15,7 @@ __all__ = [
     "AkiProcessor",
     "explain",
     "lock",
+    "pack",
     "plots",
     "unlock",
     "write_prompt_blocks",
