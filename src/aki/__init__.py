@@ -1,6 +1,7 @@
 """AKI and modality-mutual attention."""
 
-from aki import plots
+# compat first: it warns of a transformers that was not tested, before an import fails.
+from aki import compat, plots  # noqa: F401
 from aki.attention import lock, unlock, write_prompt_blocks
 from aki.data.pack import pack
 from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiModel, AkiProcessor
