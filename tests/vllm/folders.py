@@ -25,8 +25,8 @@ from transformers import (
 )
 
 TEXTS = (
-    "what is in the picture? how many digits are red? is there a blue one? count them all. describe it, left and right. "
-    "one two three yes no this that"
+    "what is in the picture? how many digits are red? is there a blue one? count them all. "
+    "describe it, left and right. one two three yes no this that"
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
 

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 from transformers.utils import logging
 
 from aki.attention import unlock as unlock_model
-from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models import AkiConfig
 from aki.models.adapters import model_of_adapter
-from aki.models.template_limits import check_templates
-from aki.models.weights import check_complete, check_depth, check_finite
+from aki.models.other import described, load_any
 
 
 def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
@@ -38,27 +36,16 @@ def load(folder: str | Path, unlock: bool = False) -> tuple[Any, Any]:
 
 def _loaded(folder: str | Path, unlock: bool) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found, _ = PreTrainedConfig.get_config_dict(folder)
+    found = described(folder)
     kind = found.get("model_type")
-    if kind in (AkiConfig.model_type, None):
-        model = AkiForConditionalGeneration.from_pretrained(folder).to(device).eval()
-        return model, AkiProcessor.from_pretrained(folder)
-    if not unlock and "attention_rule" not in found:
+    other = kind not in (AkiConfig.model_type, None)
+    if other and not unlock and "attention_rule" not in found:
         raise ValueError(
             f"{folder} holds a model of type {kind!r}, not an AKI model: to lay MMA over it as it is, add --unlock."
         )
-    # On a terminal transformers would ask whether to run the folder's own code.
-    closed: dict[str, Any] = {"trust_remote_code": False}
-    check_depth(found, folder)
-    processor = AutoProcessor.from_pretrained(folder, **closed)
-    check_templates(processor)
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        folder, use_safetensors=True, dtype="auto", output_loading_info=True, **closed
-    )
-    # Weights that they do not take are usual in other families.
-    check_complete(folder, info["missing_keys"])
-    check_finite(folder, dict(model.named_parameters()))
-    return unlock_model(model.to(device).eval(), processor), processor
+    model, processor = load_any(folder)
+    model = model.to(device).eval()  # type: ignore[arg-type]
+    return (unlock_model(model, processor) if other else model), processor
 
 
 @contextmanager

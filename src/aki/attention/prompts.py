@@ -241,7 +241,7 @@ def _chats(samples: Any) -> list[Chat] | None:
     if not isinstance(samples, list | tuple) or not all(isinstance(sample, Mapping) for sample in samples):
         return None
     chats = [sample.get("messages") or _joined(sample.get("prompt"), sample.get("completion")) for sample in samples]
-    return [list(chat) for chat in chats] if chats and all(chats) else None
+    return [list(chat) for chat in chats if chat] if chats and all(chats) else None
 
 
 def _joined(prompt: Any, completion: Any) -> Chat | None:

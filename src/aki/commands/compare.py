@@ -34,6 +34,7 @@ class Compare:
         from aki.evaluation.compare import run_comparison
         from aki.evaluation.plan import fast, rows_by_rule
         from aki.evaluation.report import three_questions, write_report
+        from aki.models.adapters import has_model
 
         recipe = read_recipe(self.recipe, overrides)
         if recipe.rows and self.rules:
@@ -45,7 +46,7 @@ class Compare:
         print("\n" + write_report(comparison, self.output))
         print(f"The report: {self.output}/report.md")
         best, picture = self.output / rows[-1], self.output / "scene.png"
-        if not (best / "config.json").exists():
+        if not has_model(best):
             return
         if recipe.data.held_out:
             print(f"Ask it: aki chat {best} --image PICTURE QUESTION")

@@ -30,11 +30,16 @@ class Show:
 
     def run(self, overrides: list[str]) -> None:
         from aki.apps.sheet import Shown, draw_sheet
+        from aki.models import AkiProcessor
         from aki.training.view import stage_view
 
         recipe = _recipe(self.recipe, overrides, self.tiny)
         stage = self.stage or recipe.stages[-1]
         view = stage_view(recipe, stage)
+        if not isinstance(view.processor, AkiProcessor):
+            raise ValueError(
+                "samples of other families than AKI are not drawn yet: `aki data check` reads and counts them."
+            )
         shown = view.first(self.n, lambda s: Shown(f"{s.source}/{s.id}", view.collator.encode(s)[0]))
         draw_sheet(shown, view.processor, recipe.stage(stage).rule, self.picture)
         print(f"{len(shown)} samples of {stage} drawn in {self.picture}")

@@ -97,7 +97,8 @@ class Train:
             folder = output / name if len(names) > 1 else output
             stage = recipe.stage(name)
             if says:
-                start = start_from or ("trained backbones" if recipe.model.from_backbones else "random weights")
+                new = "trained backbones" if recipe.model.from_backbones else "random weights"
+                start = start_from or recipe.model.pretrained or new
                 print(f"{name}: {stage.steps} steps of {stage.batch_size}, rule {stage.rule}, from {start} to {folder}")
             report = _print_json if self.progress == "json" else None
             result = run_stage(Job(recipe, name, folder, start_from, self.resume, name, report))

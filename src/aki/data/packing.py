@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from aki.data.collate import ChatCollator
@@ -21,7 +21,9 @@ Row = dict[str, Tensor]
 """A sample or several as model inputs, (1, tokens) each; of media (pixel_values and their like) an entry an item."""
 
 TOKEN_INPUTS = ("input_ids", "prompt_block_ids", "labels")
-_BY_TOKEN = (*TOKEN_INPUTS, "attention_mask", "position_ids")
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""What some families want to be told of each token; 0 is text."""
+_BY_TOKEN = (*TOKEN_INPUTS, "attention_mask", "position_ids", *_TYPES)
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -63,7 +65,18 @@ def join(samples: Sequence[Row]) -> Row:
 def _media_of(rows: Sequence[Row]) -> Row:
     """The items of all rows in order, of each kind that any row has."""
     items = [(name, values) for row in rows for name, values in row.items() if name not in _BY_TOKEN]
-    return {kind: torch.cat([values for name, values in items if name == kind]) for kind, _ in items}
+    return {kind: _stack([values for name, values in items if name == kind]) for kind, _ in items}
+
+
+def _stack(items: Sequence[Tensor]) -> Tensor:
+    """One tensor of all items, those that are smaller than others filled with zeros, as processors fill them."""
+    size = torch.tensor([one.shape[1:] for one in items]).amax(0).tolist()
+    filled = []
+    for one in items:
+        # From the last dimension to the second: nothing before, what is missing behind.
+        missing = [full - own for own, full in zip(one.shape[:0:-1], size[::-1], strict=True)]
+        filled.append(nn.functional.pad(one, [n for behind in missing for n in (0, behind)]))
+    return torch.cat(filled)
 
 
 def items_of(rows: Sequence[Row]) -> dict[str, list[int]]:
@@ -91,16 +104,17 @@ class PackedCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Row]) -> Row:
+        types = {name for name in _TYPES if any(name in row for row in rows)}
+        rows = [dict.fromkeys(types, torch.zeros_like(row["input_ids"])) | row for row in rows]
         longest = max(row["input_ids"].shape[1] for row in rows)
         padded = [self._pad(row, longest - row["input_ids"].shape[1]) for row in rows]
         return {name: torch.cat([row[name] for row in padded]) for name in padded[0]} | _media_of(rows)
 
     def _pad(self, row: Row, missing: int) -> Row:
         fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "prompt_block_ids": -1, "labels": IGNORE_INDEX}
+        fill |= dict.fromkeys(_TYPES, 0)
         padded = {
-            name: torch.nn.functional.pad(row[name], (0, missing), value=value)
-            for name, value in fill.items()
-            if name in row
+            name: nn.functional.pad(row[name], (0, missing), value=value) for name, value in fill.items() if name in row
         }
         if "position_ids" in row:
             padded["position_ids"] = torch.cat([row["position_ids"], torch.arange(missing)[None]], 1)

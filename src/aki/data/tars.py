@@ -176,7 +176,7 @@ class _Tar(tarfile.TarFile):
         self._zeros = place if self._zeros is None else self._zeros
 
     def saw_damage(self, place: int, why: str) -> None:
-        self._damage = self._damage or (place, why)
+        self._damage = self._damage or (place if self._zeros is None else self._zeros, why)
         self._zeros = None
 
     def saw_header(self, place: int) -> None:

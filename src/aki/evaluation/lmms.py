@@ -18,15 +18,14 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, StoppingCriteria
+from transformers import StoppingCriteria
 
 import aki
 from aki.attention import BACKENDS, get_rule
 from aki.evaluation.answers import AnswerCache, key_of
 from aki.evaluation.fingerprints import data_fingerprint, model_fingerprint
 from aki.models.adapters import model_of_adapter
-from aki.models.template_limits import check_templates
-from aki.models.weights import check_depth
+from aki.models.other import described, load_any
 
 MAX_NEW_TOKENS = 1024
 """Where a task names no limit."""
@@ -244,19 +243,20 @@ def load_model(pretrained: str, dtype: str, rule: str | None, unlock: bool, back
     if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
         raise ValueError(f"dtype must be auto or a floating torch dtype such as bfloat16, it is {dtype!r}.")
     with model_of_adapter(pretrained):
-        check_depth(PreTrainedConfig.get_config_dict(pretrained)[0], pretrained)
-        config = AutoConfig.from_pretrained(pretrained)
-    processor = AutoProcessor.from_pretrained(pretrained)
-    check_templates(processor)
-    is_aki = isinstance(config, aki.AkiConfig)
+        found = described(pretrained)
+    kind = found.get("model_type")
+    is_aki = kind in (aki.AkiConfig.model_type, None)
     if is_aki and unlock:
         raise ValueError(f"{pretrained} is an AKI model, which has its rule already: leave unlock out.")
+    # Saved unlocked, a folder says so.
+    unlock = unlock or (not is_aki and "attention_rule" in found)
     if rule is not None and not (is_aki or unlock):
-        raise ValueError(f"{pretrained} is a {config.model_type} model: a rule needs unlock=True.")
+        raise ValueError(f"{pretrained} is a {kind} model: a rule needs unlock=True.")
     implementation: Any = backend
     if is_aki and backend in BACKENDS:
         implementation = {"text_config": backend}
-    model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype, attn_implementation=implementation)
+    with model_of_adapter(pretrained):
+        model, processor = load_any(pretrained, dtype, attn_implementation=implementation)
     if unlock:
         aki.unlock(model, processor, rule)
     elif rule is not None:
@@ -291,3 +291,17 @@ def _batch_size(asked: int | str, largest: int | None) -> int:
     if not str(asked).isdecimal() or int(asked) < 1:
         raise ValueError(f"batch_size must be a number from 1 up, it is {asked!r}.")
     return min(int(asked), largest or int(asked))
+
+
+def vllm_model(pretrained: str, rule: str | None, dtype: str, batch_size: int) -> lmms:
+    """lmms-eval's own model `vllm_chat`, under a rule over what the folder says.
+
+    Raises:
+        ValueError: vLLM is not installed.
+    """
+    from aki.apps.vllm import check_installed, overrides
+
+    check_installed()
+    from lmms_eval.models.chat.vllm import VLLM
+
+    return VLLM(model=pretrained, batch_size=batch_size, dtype=dtype, hf_overrides=overrides(rule))

@@ -23,7 +23,8 @@ from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.training.data import open_samples, stage_collators, texts
 from aki.training.model import build_processor, model_config
 from aki.training.recipe import Recipe, beyond_defaults
-from aki.training.stages import Job, stage_arguments, stage_trainer
+from aki.training.stages import Job, quantized, stage_arguments, stage_trainer
+from aki.training.start import load_start, set_rule
 from aki.training.trainer import AkiTrainer
 
 FILE = "steps.json"
@@ -42,15 +43,17 @@ class Step:
         model: perhaps other rows' too.
     """
 
-    model: AkiForConditionalGeneration
+    model: Any
     trainer: AkiTrainer
     batches: Iterator[dict[str, Any]]
     rule: str
+    processor: Any
+    attention: str
 
     def __call__(self) -> tuple[float, float]:
         """Take one step; returns its seconds, and those of them that the leak guard took."""
         trainer, arguments = self.trainer, self.trainer.args
-        self.model.config.attention_rule = self.rule
+        set_rule(self.model, self.processor, self.rule, self.attention)
         batches = list(islice(self.batches, arguments.gradient_accumulation_steps))
         _wait_for_device()
         started, guarded = time.perf_counter(), trainer.guard_seconds
@@ -73,14 +76,23 @@ def row_steps(recipe: Recipe, rows: Sequence[str], folder: Path) -> dict[str, St
     Raises:
         SourceError, ShardError: data that is not there.
     """
-    shared: dict[str, tuple[AkiForConditionalGeneration, AkiProcessor, torch.optim.Optimizer | None]] = {}
+    shared: dict[str, tuple[Any, Any, torch.optim.Optimizer | None]] = {}
     memory: dict = {}
     steps = {}
     for row in rows:
         own = replace(row_recipe(recipe, recipe.rows[row], recipe.seed), workers=0, report_to=("none",))
         stage = own.sft = replace(own.stage("sft"), eval_every=0, save_every=0)
         samples = open_samples(own, stage, 1, {})
-        alike = (own.model, own.start_from, own.attention, stage.frozen, own.data.grid, stage.sources, stage.shards)
+        alike = (
+            own.model,
+            own.start_from,
+            own.adapter,
+            own.attention,
+            stage.frozen,
+            own.data.grid,
+            stage.sources,
+            stage.shards,
+        )
         key = json.dumps(beyond_defaults(alike), sort_keys=True)
         if key not in shared:
             shared[key] = (*_untrained(own, samples), None)
@@ -93,9 +105,10 @@ def row_steps(recipe: Recipe, rows: Sequence[str], folder: Path) -> dict[str, St
         trainer.optimizer = optimizer or trainer.create_optimizer()
         for group in trainer.optimizer.param_groups:
             group["lr"] = 0.0
+        model = trainer.model  # with its adapter, which rows share too
         shared[key] = (model, processor, trainer.optimizer)
         batches = list(islice(trainer.get_train_dataloader(), BATCHES))
-        steps[row] = Step(model, trainer, cycle(batches), stage.rule)
+        steps[row] = Step(model, trainer, cycle(batches), stage.rule, processor, own.attention)
     return steps
 
 
@@ -165,8 +178,11 @@ def _fingerprint(recipe: Recipe, row: str) -> str:
     return Cell(row, row, "sft", row_recipe(recipe, recipe.rows[row], recipe.seed)).fingerprint
 
 
-def _untrained(recipe: Recipe, samples: Any) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
-    """A model of the recipe's sizes and its processor."""
+def _untrained(recipe: Recipe, samples: Any) -> tuple[Any, Any]:
+    """A model of the recipe's sizes and its processor; of a trained model the model itself, whose weights stay."""
+    if recipe.model.pretrained:
+        start = Path(recipe.model.pretrained)
+        return load_start(start, quantized(recipe, start))
     if recipe.start_from:
         config = AkiConfig.from_pretrained(recipe.start_from)
         return AkiForConditionalGeneration(config), AkiProcessor.from_pretrained(recipe.start_from)

@@ -20,6 +20,16 @@ def adapter_of(folder: str | Path) -> str | None:
         return "a model that it does not name"
 
 
+def has_model(folder: str | Path) -> bool:
+    """Whether a folder holds a model, or an adapter, which names one."""
+    return (Path(folder) / "config.json").exists() or (Path(folder) / _ADAPTER).is_file()
+
+
+def rule_of_adapter(folder: str | Path) -> str | None:
+    """The attention rule that an adapter was trained under, where `unlock` or a recipe wrote it down."""
+    return (json.loads((Path(folder) / _ADAPTER).read_text()).get("auto_mapping") or {}).get("attention_rule")
+
+
 @contextmanager
 def model_of_adapter(folder: str | Path) -> Iterator[None]:
     """Say what a folder lacks, where transformers speaks of the internet.

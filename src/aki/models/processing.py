@@ -25,6 +25,7 @@ from aki.models.images import open_image
 from aki.models.plain_text import as_text
 from aki.models.template_limits import check_templates
 from aki.models.templates import ANSWER_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN
+from aki.models.weights import check_sizes
 
 
 class AkiProcessor(ProcessorMixin):
@@ -87,13 +88,17 @@ class AkiProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Any:
         """As transformers'.
 
         Raises:
-            ValueError: a chat template that never ends, or fills the memory.
+            ValueError: a chat template that never ends, or fills the memory; sizes that do.
         """
-        processor = super().from_pretrained(*args, **kwargs)
+        name = pretrained_model_name_or_path
+        check_sizes(cls.get_processor_dict(name, **kwargs)[0], name)
+        processor = super().from_pretrained(name, **kwargs)
+        # Older folders keep these in a file of their own.
+        check_sizes(processor.image_processor.to_dict(), name)
         check_templates(processor)
         return processor
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from aki.attention.prompts import PromptBlockWriter
 from aki.data.collate import ChatCollator
 from aki.data.feed import Feed, Loader, Position
 from aki.data.mixture import Mixture, Samples, mixture_weights
@@ -17,7 +18,7 @@ from aki.data.report import DataReport
 from aki.data.shards import ShardMixture, open_shards
 from aki.data.sources import open_source
 from aki.models import AkiProcessor
-from aki.training.recipe import Recipe, SourceRecipe, StageRecipe
+from aki.training.recipe import Recipe, RecipeError, SourceRecipe, StageRecipe
 
 REPORT = "data_report.json"
 
@@ -79,18 +80,43 @@ def below(root: str, path: str) -> str:
     return path if urlparse(path).scheme else str(Path(root) / path)
 
 
-def stage_collators(processor: AkiProcessor, stage: StageRecipe, seed: int = 0) -> list[ChatCollator]:
+def stage_collators(
+    processor: AkiProcessor | PromptBlockWriter, stage: StageRecipe, seed: int = 0
+) -> list[ChatCollator]:
     """What makes model inputs of the stage's samples, one a copy that it trains; by the first it is measured.
 
     Args:
         seed: of the cuts in captions.
+
+    Raises:
+        RecipeError: the stage asks of another family's model what only AKI's processor does.
     """
+    if isinstance(processor, PromptBlockWriter):
+        _check_other(stage)
+        return [ChatCollator(processor, stage.max_length)]
     name = "caption" if stage.task == "caption" else None
     collators = [
         ChatCollator(processor, stage.max_length, template_in_order(processor, name, order), stage.seen, seed=seed)
         for order in ORDERS[stage.order]
     ]
     return collators + [replace(one, seen=0.0, causal=True) for one in collators if stage.also_causal]
+
+
+def _check_other(stage: StageRecipe) -> None:
+    """
+    Raises:
+        RecipeError: what a processor that is not AKI's has no way to do.
+    """
+    asked = {
+        f"order: {stage.order}": stage.order != "image_first",
+        "packing": stage.packing,
+        "seen": stage.seen > 0,
+    }
+    for name, there in asked.items():
+        if there:
+            raise RecipeError(f"{name} is for AKI's own models: leave it out, others are trained as published.")
+    if not (stage.sources or stage.shards):
+        raise RecipeError("a stage of a model that is not AKI's names its data, sources or shards: there are none.")
 
 
 def stage_loader(

@@ -9,6 +9,7 @@ from torch import nn
 
 from aki.data.tokenizer import VOCAB_SIZE
 from aki.models import AkiConfig, AkiForConditionalGeneration
+from aki.models.other import kind_of
 from aki.training.model import model_config
 from aki.training.recipe import PARTS, Recipe, RecipeError, StageRecipe
 
@@ -70,8 +71,12 @@ def estimate(recipe: Recipe, stage: StageRecipe, processes: int) -> Estimate:
         RecipeError: an unknown field or kind of model, processes that cannot share a step, or no room for a picture.
     """
     recipe.accumulation(stage, processes)
-    config = model_config(recipe.model)
-    if recipe.model.from_backbones is None and "vocab_size" not in recipe.model.text:
+    config = _config(recipe)
+    if (
+        recipe.model.from_backbones is None
+        and recipe.model.pretrained is None
+        and "vocab_size" not in recipe.model.text
+    ):
         config.text_config.vocab_size = VOCAB_SIZE  # a tokenizer is trained, to no more than that
     with torch.device("meta"):
         model = AkiForConditionalGeneration(config)
@@ -91,6 +96,16 @@ def estimate(recipe: Recipe, stage: StageRecipe, processes: int) -> Estimate:
         processes,
         _memory(model, config, recipe, stage, tokens, processes),
     )
+
+
+def _config(recipe: Recipe) -> AkiConfig:
+    name = recipe.model.pretrained
+    if name is None:
+        return model_config(recipe.model)
+    kind = kind_of(name)
+    if kind != AkiConfig.model_type:
+        raise RecipeError(f"--dry-run counts AKI's parts; {name} is a {kind} model, which is not counted yet.")
+    return AkiConfig.from_pretrained(name)
 
 
 def describe(name: str, stage: StageRecipe, found: Estimate) -> str:

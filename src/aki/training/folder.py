@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from aki.files import checksum, write_json
+from aki.models.adapters import has_model
 from aki.training.checkpoint import (
     DamagedError,
     Sealed,
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
 _WEIGHTS = ("*.safetensors", "*.bin")
-_BESIDE = ("config.json", "processor_config.json")
+_PROCESSOR = "processor_config.json"
 
 Found = TypeVar("Found")
 
@@ -121,9 +122,10 @@ def _check_model(output: Path, result: dict[str, Any]) -> None:
     check_sealed(output, result.get("weights", {}))
     if not any(_weights(output)):
         raise DamagedError(f"the weights in {output} are gone")
-    for name in _BESIDE:
-        if not (output / name).exists():
-            raise DamagedError(f"{output / name} is gone")
+    if not has_model(output):
+        raise DamagedError(f"{output / 'config.json'} is gone")
+    if not (output / _PROCESSOR).exists():
+        raise DamagedError(f"{output / _PROCESSOR} is gone")
 
 
 def sealed_weights(folder: Path) -> Sealed:

@@ -64,7 +64,13 @@ def _processor(config: AkiConfig, tokenizer: PreTrainedTokenizerBase, digits: bo
 
 
 def tiny(recipe: Recipe) -> Recipe:
-    """The recipe with its three parts so small, and new, that a laptop trains them; everything else stays."""
+    """The recipe with its three parts so small, and new, that a laptop trains them; everything else stays.
+
+    Raises:
+        RecipeError: it names no sizes.
+    """
+    if recipe.model.pretrained:
+        raise RecipeError("--tiny shrinks the sizes of a new model, and model.pretrained has its own: leave it out.")
     heads = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = recipe.model.vision | heads | {"image_size": 4 * recipe.model.vision.get("patch_size", 16)}
     text = recipe.model.text | heads | {"max_position_embeddings": 4096}

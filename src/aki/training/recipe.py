@@ -19,10 +19,13 @@ import yaml
 from aki.attention import BACKENDS, get_rule
 from aki.data.augment import Augment
 from aki.data.orders import ORDERS
+from aki.training.arguments import check_trainer
 
 PARTS = ("vision_encoder", "connector", "language_model")
 STAGES = ("pretrain", "sft")
 MIXTURES = ("weights", "proportional", "uniform")
+KINDS_OF_ADAPTERS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
+"""Kind -> what makes it one in PEFT's LoraConfig."""
 
 
 @dataclass
@@ -35,17 +38,70 @@ class BackbonesRecipe:
 
 @dataclass
 class ModelRecipe:
-    """The parts, each as its transformers configuration: `model_type` and the sizes that differ from its defaults.
+    """A trained model, or the parts of a new one, each as its transformers configuration: `model_type` and the sizes
+    that differ from its defaults.
 
     Attributes:
+        pretrained: a folder or hub id of any multimodal model that `aki.unlock` takes, or of AKI's own; it has its
+            sizes, its processor and its chat template. None makes a new model of the sizes.
         from_backbones: where trained parts come from; None starts from random weights of those sizes. The sizes above
             must be theirs: what a run needs is known before anything is downloaded.
     """
 
-    vision: dict[str, Any]
-    text: dict[str, Any]
-    connector: dict[str, Any]
+    vision: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+    connector: dict[str, Any] = field(default_factory=dict)
     from_backbones: BackbonesRecipe | None = None
+    pretrained: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pretrained is None:
+            for part in ("vision", "text", "connector"):
+                if not getattr(self, part):
+                    raise RecipeError(f"the key 'model.{part}' is missing: name its sizes, or model.pretrained.")
+        elif self.from_backbones is not None or self.vision or self.text or self.connector:
+            raise RecipeError("model.pretrained is a whole model, with sizes of its own: leave the other keys out.")
+
+
+@dataclass
+class AdapterRecipe:
+    """What is trained of a model whose own weights stay, by PEFT.
+
+    Attributes:
+        kind: lora, dora or rslora.
+        r, alpha, dropout: rank, scale and dropout of the low-rank matrices.
+        target_modules: names of the layers that get them; those of the language model's linear layers if absent.
+        modules_to_save: names of modules that are trained whole; `connector` is that of any family.
+        options: other fields of PEFT's LoraConfig.
+    """
+
+    kind: str = "lora"
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _one_of("adapter.kind", self.kind, tuple(KINDS_OF_ADAPTERS))
+        if self.r < 1:
+            raise RecipeError(f"adapter.r must be at least 1, it is {self.r}.")
+
+
+@dataclass
+class QuantizationRecipe:
+    """Weights of the language model in fewer bits, by bitsandbytes; an adapter is trained over them.
+
+    Attributes:
+        bits: 4 (NF4) or 8.
+    """
+
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise RecipeError(f"quantization.bits is 4 or 8, it is {self.bits}.")
 
 
 @dataclass
@@ -223,6 +279,9 @@ class Recipe:
         data: DigitScenes, for stages that name no data of their own, and the questions that models are measured on.
         root: the folder that relative paths of sources and shards are below.
         start_from: a folder with the model that the first stage starts from, instead of `model`.
+        adapter: what is trained instead of the model's own weights; None trains those.
+        quantization: of the weights below an adapter; None keeps them whole.
+        trainer: any other field of transformers' TrainingArguments, for both stages.
         devices: processes that a step's samples are for. Fewer accumulate gradients, so that a step stays the same.
         fsdp: transformers' `fsdp_config`, to shard the model over processes; without it each holds all of it.
         seed: of weights, data and everything drawn.
@@ -244,6 +303,9 @@ class Recipe:
     sft: StageRecipe | None = None
     root: str = "."
     start_from: str | None = None
+    adapter: AdapterRecipe | None = None
+    quantization: QuantizationRecipe | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
     devices: int = 1
     fsdp: dict[str, Any] | None = None
     seed: int = 0
@@ -258,6 +320,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _one_of("attention", self.attention, (*BACKENDS, "sdpa", "eager"))
+        if self.model.pretrained and self.start_from:
+            raise RecipeError("model.pretrained and start_from both say what to start from: leave one out.")
+        if self.quantization and not self.adapter:
+            raise RecipeError("quantization keeps weights that cannot be trained: add an adapter, which is.")
+        check_trainer(self.trainer)
         stages = [self.stage(name) for name in self.stages]
         if not stages:
             raise RecipeError(f"a recipe has at least one stage: {' or '.join(STAGES)}.")

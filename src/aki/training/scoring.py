@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ from torch.utils.data import Dataset
 from aki.data.memory import Batches, Memory
 from aki.data.schema import Sample
 from aki.layout import IGNORE_INDEX
-from aki.models import AkiForConditionalGeneration
+from aki.models.other import takes_logits_to_keep
 from aki.training.trainer import supervised_positions
 
 
 @torch.no_grad()
-def answered_right(model: AkiForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
+def answered_right(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """(batch,) bool: whether greedy decoding gives each row's labels, to the last token.
 
     Greedy decoding follows the labels exactly as long as every label is the most likely token after those before it, so
@@ -26,12 +27,16 @@ def answered_right(model: AkiForConditionalGeneration, batch: dict[str, Tensor])
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")[:, 1:]
     kept = supervised_positions(batch["labels"]).to(model.device)
-    predicted, labels = model(**inputs, logits_to_keep=kept).logits.argmax(-1), labels[:, kept]
+    if takes_logits_to_keep(model):
+        logits = model(**inputs, logits_to_keep=kept).logits
+    else:
+        logits = model(**inputs).logits[:, kept]
+    predicted, labels = logits.argmax(-1), labels[:, kept]
     return ((predicted == labels) | (labels == IGNORE_INDEX)).all(1)
 
 
 def accuracy_by_skill(
-    model: AkiForConditionalGeneration,
+    model: Any,
     collator: Callable[[Sequence[Sample]], dict[str, Tensor]],
     dataset: Dataset,
     batch_size: int = 300,

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 
 from aki.attention.guard import CHOOSE_CAUSAL, LeakError
+from aki.attention.prompts import PromptBlockWriter
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
 from aki.data.feed import Position
@@ -28,13 +29,15 @@ from aki.data.shards import ShardMixture
 from aki.files import alone, write_json
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
+from aki.models.other import base_of, is_aki, parameters_of
+from aki.training.adapting import quantization_config, with_adapter
 from aki.training.data import REPORT, load_position, open_samples, stage_collators, stage_loader, texts
 from aki.training.folder import RESULT, Begun, RunError, begin, first_process, relevant, sealed_weights, training_folder
 from aki.training.held_out import HeldOut, held_out
 from aki.training.model import build_model
-from aki.training.recipe import Recipe
+from aki.training.recipe import Recipe, RecipeError
 from aki.training.scoring import accuracy_by_skill
-from aki.training.start import check_start
+from aki.training.start import check_start, load_start, set_rule
 from aki.training.trainer import AkiTrainer, Progress, replace_progress
 from aki.training.view import training_scenes
 
@@ -63,6 +66,12 @@ class Job:
     report: Callable[[dict[str, Any]], None] | None = None
     memory: Memory | None = None
 
+    @property
+    def start(self) -> Path | None:
+        """Of the weights: the folder, else the recipe's trained model, which may be a hub id."""
+        pretrained = self.recipe.model.pretrained
+        return self.start_from or (Path(pretrained) if pretrained else None)
+
 
 def run_stage(job: Job) -> dict[str, Any]:
     """Train one stage, save model and processor, and return what was measured (also in `output/result.json`).
@@ -83,7 +92,9 @@ def run_stage(job: Job) -> dict[str, Any]:
 
         def start() -> Begun:
             held.enter_context(lock)
-            return begin(job.recipe, job.stage, job.output, job.start_from, job.resume)
+            # What a hub id stands for is not looked into.
+            folder = job.start if job.start_from or (job.start and job.start.is_dir()) else None
+            return begin(job.recipe, job.stage, job.output, folder, job.resume)
 
         begun = first_process(start)
         return _train(job, arguments, begun.checkpoint) if begun.result is None else begun.result
@@ -92,14 +103,16 @@ def run_stage(job: Job) -> dict[str, Any]:
 def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> dict[str, Any]:
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
     # Before the data, which may take minutes to read the first time.
-    if job.start_from:
-        check_start(recipe, job.start_from)
+    if job.start:
+        check_start(recipe, job.start)
     rank, ranks = arguments.process_index, arguments.world_size
     position = load_position(checkpoint, recipe, stage, rank, ranks)
     samples = open_samples(recipe, stage, ranks, position.places)
     set_seed(recipe.seed)
-    if job.start_from:
-        model, processor = _load(job.start_from)
+    model: Any
+    processor: AkiProcessor | PromptBlockWriter
+    if job.start:
+        model, processor = load_start(job.start, quantized(recipe, job.start))
     else:
         model, processor = build_model(recipe, None if samples is None else texts(samples))
     collators = stage_collators(processor, stage, recipe.seed)
@@ -140,7 +153,7 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
     return result
 
 
-def _save(job: Job, trainer: AkiTrainer, processor: AkiProcessor, result: dict[str, Any]) -> None:
+def _save(job: Job, trainer: AkiTrainer, processor: AkiProcessor | PromptBlockWriter, result: dict[str, Any]) -> None:
     """Model, processor and what was measured; the result comes last, because it says that the stage is done."""
     report = None if trainer.loader is None else trainer.data_report()
     # All processes take part: each may hold a shard of the weights.
@@ -159,53 +172,56 @@ def stage_arguments(job: Job) -> TrainingArguments:
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     own_loader = bool(stage.sources or stage.shards)
-    return TrainingArguments(
-        output_dir=str(training_folder(job.output)),
-        max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size,
-        gradient_accumulation_steps=recipe.accumulation(stage, processes),
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type="cosine_warmup_with_min_lr",
-        lr_scheduler_kwargs={
+    owned: dict[str, Any] = {
+        "output_dir": str(training_folder(job.output)),
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.batch_size,
+        "gradient_accumulation_steps": recipe.accumulation(stage, processes),
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "cosine_warmup_with_min_lr",
+        "lr_scheduler_kwargs": {
             "min_lr": stage.min_learning_rate,
             "warmup_lr_rate": stage.min_learning_rate / stage.learning_rate,
         },
-        warmup_steps=stage.warmup_steps,
-        weight_decay=stage.weight_decay,
-        adam_beta2=stage.adam_beta2,
-        max_grad_norm=stage.clip,
-        logging_steps=stage.log_every,
-        eval_strategy="steps" if stage.eval_every else "no",
-        eval_steps=stage.eval_every or None,
-        save_strategy="steps" if stage.save_every else "no",
-        save_steps=stage.save_every or 500,
-        save_total_limit=2,
-        bf16=recipe.bf16,
-        # Without an accelerator transformers refuses bf16 unless it is told that this is meant.
-        use_cpu=not torch.accelerator.is_available(),
+        "warmup_steps": stage.warmup_steps,
+        "weight_decay": stage.weight_decay,
+        "adam_beta2": stage.adam_beta2,
+        "max_grad_norm": stage.clip,
+        "logging_steps": stage.log_every,
+        "eval_strategy": "steps" if stage.eval_every else "no",
+        "eval_steps": stage.eval_every or None,
+        "save_strategy": "steps" if stage.save_every else "no",
+        "save_steps": stage.save_every or 500,
+        "bf16": recipe.bf16,
         # There is nothing to shard over one process.
-        fsdp=recipe.fsdp is not None and processes > 1,
-        fsdp_config=dict(recipe.fsdp or {}),
-        seed=recipe.seed,
-        report_to=list(recipe.report_to),
+        "fsdp": recipe.fsdp is not None and processes > 1,
+        "fsdp_config": dict(recipe.fsdp or {}),
+        "seed": recipe.seed,
+        "report_to": list(recipe.report_to),
         # A loader of our own begins where the checkpoint says, so nothing is skipped.
-        ignore_data_skip=own_loader,
-        dataloader_num_workers=recipe.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        dataloader_persistent_workers=recipe.workers > 0,
-        remove_unused_columns=False,
+        "ignore_data_skip": own_loader,
+        "dataloader_num_workers": recipe.workers,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "label_names": ["labels"],
+    }
+    unless_said: dict[str, Any] = {
+        "save_total_limit": 2,
+        # Without an accelerator transformers refuses bf16 unless it is told that this is meant.
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_persistent_workers": recipe.workers > 0,
         # Batches are cut by rows where one process reads for all, and a row may have any number of pictures.
-        accelerator_config={"dispatch_batches": False},
-        disable_tqdm=True,
-        include_num_input_tokens_seen="non_padding",
-        label_names=["labels"],
-    )
+        "accelerator_config": {"dispatch_batches": False},
+        "include_num_input_tokens_seen": "non_padding",
+    }
+    return TrainingArguments(**unless_said | recipe.trainer | owned)
 
 
 def stage_trainer(
     job: Job,
     arguments: TrainingArguments,
-    model: AkiForConditionalGeneration,
+    model: Any,
     collators: list[ChatCollator],
     samples: Mixture | ShardMixture | None,
     position: Position,
@@ -213,16 +229,22 @@ def stage_trainer(
 ) -> AkiTrainer:
     """What trains a stage, on DigitScenes where there are no `samples`; it gives the model the stage's rule."""
     recipe, stage, collator = job.recipe, job.recipe.stage(job.stage), collators[0]
-    model.config.attention_rule = stage.rule
-    model.set_attn_implementation({"text_config": recipe.attention})
-    for part in stage.frozen:
-        model.parts[part].requires_grad_(False)
+    if recipe.trainer.get("label_smoothing_factor") and not is_aki(model):
+        raise RecipeError("trainer.label_smoothing_factor: transformers smooths labels of AKI's own models alone.")
+    whole = base_of(model)
+    if recipe.adapter is not None and model is whole:
+        model = with_adapter(model, recipe.adapter, _belongs_to(job))
+    set_rule(model, collator.processor, stage.rule, recipe.attention)
+    parts = parameters_of(model)
+    for parameter in (parameter for part in stage.frozen for parameter in parts[part]):
+        parameter.requires_grad_(False)
+    settles = "vision_encoder" in stage.frozen and is_aki(model)
     data: dict[str, Any]
     if samples is None:
         assert isinstance(collator.processor, AkiProcessor)
         padding = collator.processor.tokenizer.pad_token_id
         train = training_scenes(recipe, stage, collator.processor)
-        if "vision_encoder" in stage.frozen:
+        if settles:
             pictured = [collator([train[i]])["pixel_values"] for i in range(min(8, len(train)))]
         if stage.packing:
             rows = PackedRows(train, collators, stage.row_tokens, recipe.seed)
@@ -234,11 +256,11 @@ def stage_trainer(
         rank, ranks = arguments.process_index, arguments.world_size
         loader = stage_loader(samples, collators, recipe, stage, rank, ranks, position, torch.cuda.is_available())
         data = {"data_collator": collator, "loader": loader}
-        if "vision_encoder" in stage.frozen:
+        if settles:
             seen = samples.peek(_LOOKED_AT, lambda sample: (collator.encode(sample)[0].get("pixel_values"),))
             pictured = [one for (one,) in seen if one is not None][:8]
-    if "vision_encoder" in stage.frozen:
-        _settle_encoder(model, pictured, recipe, arguments)
+    if settles:
+        _settle_encoder(whole, pictured, recipe, arguments)
     score = None if asked is None else lambda current: _score(job, current, collator, asked.validation)
     return AkiTrainer(
         model,
@@ -250,9 +272,23 @@ def stage_trainer(
     )
 
 
-def _score(
-    job: Job, model: AkiForConditionalGeneration, collator: ChatCollator, questions: Dataset
-) -> dict[str, float]:
+def _belongs_to(job: Job) -> str:
+    """The model under an adapter, by a name that is found from anywhere.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    if job.start is None:
+        raise RecipeError("an adapter belongs to a trained model: name it in model.pretrained, or in start_from.")
+    return str(job.start.resolve() if job.start.is_dir() else job.start)
+
+
+def quantized(recipe: Recipe, start: Path) -> BitsAndBytesConfig | None:
+    """How weights are loaded below an adapter, where the recipe says so."""
+    return recipe.quantization and quantization_config(recipe.quantization, str(start), recipe.bf16)
+
+
+def _score(job: Job, model: Any, collator: ChatCollator, questions: Dataset) -> dict[str, float]:
     if isinstance(questions, DigitScenes):
         return accuracy_by_skill(model, collator, questions, name=_name(questions, [collator]), memory=job.memory)
     # As in training: its rows, and as many as fit there. Pictures of files are too many to remember.
@@ -295,10 +331,6 @@ def _settle_encoder(
         )
     if recipe.feature_cache is not None:
         backbone.feature_cache = FeatureCache(recipe.feature_cache, backbone.vision_encoder, backbone.encoder_dtype)
-
-
-def _load(folder: Path) -> tuple[AkiForConditionalGeneration, AkiProcessor]:
-    return AkiForConditionalGeneration.from_pretrained(folder), AkiProcessor.from_pretrained(folder)
 
 
 def _point(entry: dict[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import BitsAndBytesConfig
 
-from aki.models import AkiConfig, AkiForConditionalGeneration
-from aki.models.adapters import adapter_of
+from aki.attention import unlock, write_prompt_blocks
+from aki.attention.families import text_decoder
+from aki.attention.prompts import PromptBlockWriter
+from aki.attention.unlock import record_rule
+from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models.adapters import adapter_of, has_model, model_of_adapter
+from aki.models.other import base_of, is_aki, kind_of, load_any, load_other_processor
 from aki.training.folder import RESULT, RunError, training_folder
 from aki.training.model import model_config
-from aki.training.recipe import Recipe
+from aki.training.recipe import Recipe, RecipeError
 
+_ATTENTION = ("auto", "sdpa", "eager")
+"""What other families are trained with; auto is transformers' choice."""
 _PARTS = ("vision", "text", "connector")
 _TOKENIZERS = ("vocab_size",)
 """What the tokenizer decides, whatever a recipe says."""
@@ -26,20 +33,72 @@ def check_start(recipe: Recipe, folder: Path) -> None:
         RunError: the folder holds no whole model, or one of other sizes than the recipe's; they are named.
         RecipeError: the recipe's own sizes make no model.
     """
-    if not (folder / "config.json").exists():
-        base = adapter_of(folder)
-        if base is not None:
-            raise RunError(f"{folder} holds an adapter alone: merge it into {base} first, and start from that.")
+    if recipe.model.pretrained and not folder.is_dir():
+        return  # a hub id
+    if not has_model(folder):
         raise RunError(f"{folder} holds no model to start from: run the stage before it first.")
     if (training_folder(folder) / "run.json").exists() and not (folder / RESULT).exists():
         raise RunError(f"{folder} holds a run that is not finished: go on with it first, with --resume.")
-    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if recipe.model.pretrained:
+        return
+    if adapter_of(folder) is not None:
+        return  # its sizes are those of the model that it names
+    kind = kind_of(folder)
     if kind != AkiConfig.model_type:
-        raise RunError(f"{folder} holds a model of type {kind!r}, not an AKI model to start from.")
+        raise RunError(
+            f"{folder} holds a model of type {kind!r}, not an AKI model to start from: to train it as it is, name it "
+            "in model.pretrained, without sizes."
+        )
     differences = list(_differences(recipe, AkiConfig.from_pretrained(folder)))
     if differences:
         shown = "; ".join(differences[:3]) + (f", and {len(differences) - 3} more" if len(differences) > 3 else "")
         raise RunError(f"{folder} holds another model than the recipe's: {shown}. Correct the recipe, or --start-from.")
+
+
+def load_start(
+    folder: Path, quantization: BitsAndBytesConfig | None = None
+) -> tuple[Any, AkiProcessor | PromptBlockWriter]:
+    """What is there, in float32: a stage trains the weights themselves. Another family's processor says where its
+    answers are.
+
+    Raises:
+        ValueError: no whole model, or a chat template in which no answers could be found.
+        CannotUnlock: a model over which no rule could be laid.
+    """
+    with model_of_adapter(folder):
+        options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+        model, processor = load_any(folder, torch.float32, **options)
+    if is_aki(model):
+        return model, processor
+    text_decoder(model)
+    return model, write_prompt_blocks(processor)
+
+
+def load_processor(folder: str | Path) -> AkiProcessor | PromptBlockWriter:
+    """The processor of `load_start`, without a model."""
+    if kind_of(folder) == AkiConfig.model_type:
+        return AkiProcessor.from_pretrained(folder)
+    return write_prompt_blocks(load_other_processor(folder))
+
+
+def set_rule(model: Any, processor: AkiProcessor | PromptBlockWriter, rule: str, attention: str) -> None:
+    """Give a model a stage's rule and the implementation of attention that the recipe names.
+
+    Raises:
+        RecipeError: an implementation that is AKI's alone.
+        CannotUnlock: a rule that this model does not take.
+    """
+    if is_aki(model):
+        record_rule(model, base_of(model), rule)
+        model.set_attn_implementation({"text_config": attention})
+        return
+    if attention not in _ATTENTION:
+        raise RecipeError(
+            f"attention: {attention} is AKI's own; a {model.config.model_type} model takes {', '.join(_ATTENTION)}."
+        )
+    if attention != "auto":
+        model.set_attn_implementation(attention)
+    unlock(model, processor, rule)
 
 
 def _differences(recipe: Recipe, found: AkiConfig) -> Iterator[str]:

@@ -12,14 +12,16 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from aki.attention import NothingOpensError, check_no_leak, get_rule
+from aki.attention.families import underlying_model
+from aki.attention.unlock import layout_of_batch
 from aki.data.feed import Loader
 from aki.data.report import DataReport
 from aki.layout import IGNORE_INDEX, SequenceLayout
-from aki.models import AkiForConditionalGeneration
+from aki.models.other import is_aki
 from aki.training.checkpoint import WHOLE, mark_whole
 from aki.training.data import save_position
 
@@ -39,7 +41,7 @@ class AkiTrainer(Trainer):
     def __init__(
         self,
         *args,
-        score: Callable[[AkiForConditionalGeneration], dict[str, float]] | None = None,
+        score: Callable[[Any], dict[str, float]] | None = None,
         loader: Loader | None = None,
         may_open_nothing: bool = False,
         **kwargs,
@@ -95,6 +97,15 @@ class AkiTrainer(Trainer):
         if self.is_world_process_zero():
             mark_whole(folder)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As the Trainer's, which passes over weights that a family saves under the names of its published files."""
+        model = model or self.model
+        if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel) or is_aki(model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
     def _run_epoch(self, *args, resume_from_checkpoint: str | None = None, **kwargs) -> None:
         """As the Trainer's, which forgets the loss since the last log, and takes a step after the last one, when it
         resumes."""
@@ -116,7 +127,8 @@ class AkiTrainer(Trainer):
         if layout is not None and (self.label_smoother is not None or self.compute_loss_func is not None):
             inputs = _without_labels(inputs, layout)
         # DataParallel would deal positions out to its devices as if they were rows; evaluation gathers all logits.
-        elif layout is not None and model.training and self.args.n_gpu <= 1:
+        # Other families' losses want the logits of all labels.
+        elif layout is not None and is_aki(model) and model.training and self.args.n_gpu <= 1:
             inputs = {**inputs, "logits_to_keep": supervised_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -126,7 +138,7 @@ class AkiTrainer(Trainer):
         layout = layout_of(whole, inputs)
         try:
             check_layout(whole, inputs, layout)
-            self.opened |= any(name in inputs for name in whole.config.media)
+            self.opened |= layout is not None and bool(layout.is_media.any())
         except NothingOpensError:
             self.shut += 1
             if not self.may_open_nothing or (not self.opened and self.shut >= NEVER_OPENS):
@@ -166,7 +178,7 @@ def _without_labels(inputs: dict[str, Any], layout: SequenceLayout) -> dict[str,
     return {"prompt_block_ids": layout.prompt_block, **inputs, "labels": labels}
 
 
-def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> None:
+def guard_batch(model: Any, inputs: dict[str, Any]) -> None:
     """Run the leak guard on a batch as `forward` would see it.
 
     Raises:
@@ -175,10 +187,12 @@ def guard_batch(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> N
     check_layout(model, inputs, layout_of(model, inputs))
 
 
-def layout_of(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> SequenceLayout | None:
+def layout_of(model: Any, inputs: dict[str, Any]) -> SequenceLayout | None:
     """What each token of a training batch is; None where nothing is learned."""
     if inputs.get("labels") is None:
         return None
+    if not is_aki(model):
+        return layout_of_batch(model, inputs)
     return model.layout(
         inputs["input_ids"],
         attention_mask=inputs.get("attention_mask"),
@@ -189,9 +203,10 @@ def layout_of(model: AkiForConditionalGeneration, inputs: dict[str, Any]) -> Seq
     )
 
 
-def check_layout(model: AkiForConditionalGeneration, inputs: dict[str, Any], layout: SequenceLayout | None) -> None:
+def check_layout(model: Any, inputs: dict[str, Any], layout: SequenceLayout | None) -> None:
     if layout is not None:
-        check_no_leak(get_rule(inputs.get("attention_rule") or model.config.attention_rule), layout, inputs["labels"])
+        config = model.config if is_aki(model) else underlying_model(model).config
+        check_no_leak(get_rule(inputs.get("attention_rule") or config.attention_rule), layout, inputs["labels"])
 
 
 class Progress(TrainerCallback):

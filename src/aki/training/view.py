@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from aki.attention.prompts import PromptBlockWriter
 from aki.data.check import Indexed
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
@@ -17,6 +18,7 @@ from aki.models import AkiProcessor
 from aki.training.data import open_samples, stage_collators, texts
 from aki.training.model import build_processor
 from aki.training.recipe import Recipe, RecipeError, StageRecipe
+from aki.training.start import load_processor
 
 Used = TypeVar("Used")
 
@@ -30,7 +32,7 @@ class StageView:
         samples: their mixture, or the only source itself where there is none.
     """
 
-    processor: AkiProcessor
+    processor: AkiProcessor | PromptBlockWriter
     collator: ChatCollator
     sources: Sequence[tuple[str, Indexed | ShardSet]]
     samples: Mixture | ShardMixture | DigitScenes
@@ -54,7 +56,10 @@ def stage_view(recipe: Recipe, name: str) -> StageView:
     """
     stage = recipe.stage(name)
     samples = open_samples(recipe, stage, 1, {})
-    if recipe.start_from is None:
+    processor: AkiProcessor | PromptBlockWriter
+    if recipe.model.pretrained is not None:
+        processor = load_processor(recipe.model.pretrained)
+    elif recipe.start_from is None:
         processor = build_processor(recipe, None if samples is None else texts(samples))
     elif (Path(recipe.start_from) / "processor_config.json").exists():
         processor = AkiProcessor.from_pretrained(recipe.start_from)
@@ -65,6 +70,7 @@ def stage_view(recipe: Recipe, name: str) -> StageView:
         )
     collator = stage_collators(processor, stage, recipe.seed)[0]
     if samples is None:
+        assert isinstance(processor, AkiProcessor)
         scenes = training_scenes(recipe, stage, processor)
         return StageView(processor, collator, [("digits", scenes)], scenes)
     sources: Sequence[Any] = samples.sets if isinstance(samples, ShardMixture) else samples.sources

@@ -30,7 +30,7 @@ def around(owner: Any, name: str, takes: tuple[str, ...], hook: Callable[..., An
     Raises:
         VllmMoved: it does not exist, or does not take these arguments.
     """
-    original = getattr(owner, name, None)
+    original: Any = getattr(owner, name, None)
     if getattr(original, _MARK, False):
         return
     known = () if original is None else tuple(inspect.signature(original).parameters)

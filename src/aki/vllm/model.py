@@ -41,6 +41,10 @@ class AkiForVllm(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         }
     )
     feature_cache = encoder_dtype = None
+    # vLLM's, which no type checker sees where it is not installed.
+    configure_mm_token_handling: Any
+    _mark_tower_model: Any
+    _mark_language_model: Any
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:

@@ -17,6 +17,7 @@ from aki.attention.families import media_token_ids
 from aki.attention.prompts import AnswerMarks
 from aki.attention.rules import Rule, get_rule
 from aki.attention.scopes import scope_token_ids
+from aki.attention.segments import segments
 from aki.layout import SequenceLayout, build_layout
 from aki.models.templates import ANSWER_TOKEN
 
@@ -76,8 +77,8 @@ class Prompt:
     def seen_ahead(self, start: int, stop: int) -> str | None:
         """A name for what the rows `start` to `stop - 1` see beyond causal keys; None: nothing.
 
-        Two prompts that are alike up to `stop` and have equal names compute equal keys and values there. Positions count
-        from `start`, because what stands before is known by other names.
+        Two prompts that are alike up to `stop` and have equal names compute equal keys and values there. Positions
+        count from `start`, because what stands before is known by other names.
         """
         seen = []
         for opening in self.openings:
@@ -113,14 +114,15 @@ class PromptReader:
     def __init__(self, config: Any, rule: str, tokenizer: Any = None, own: str | None = None):
         self.own = own
         self.rule = self._with_own(rule)
-        self.config, self.tokenizer = config, tokenizer
+        self.media_token_ids: dict[int, int] = {}
+        self.tokens_per_item: dict[int, int] | None = None
         if config.model_type == "aki":
             self.media_token_ids = {media.modality: media.token_id for media in config.media.values()}
             self.tokens_per_item = {media.modality: media.tokens_per_item for media in config.media.values()}
             self.scope_token_ids = config.scope_token_ids
             self.answer_token_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(ANSWER_TOKEN)
         else:
-            self.media_token_ids, self.tokens_per_item = media_token_ids(config), None
+            self.media_token_ids = media_token_ids(config)
             self.scope_token_ids, self.answer_token_id = scope_token_ids(tokenizer), None
         self.marks = AnswerMarks.of(tokenizer) if getattr(tokenizer, "chat_template", None) else None
 
@@ -203,34 +205,16 @@ def adapter_rule(folder: str) -> str | None:
 
 
 def openings(rule: Rule, layout: SequenceLayout) -> list[Opening]:
-    """Which rows of a layout of one row see keys ahead of them."""
+    """Which rows of a layout of one row see keys ahead of them, from the rule's segments.
+
+    Every rule that vLLM can follow also shows all that is behind a token, so that only what is ahead has to be kept.
+    """
     found = []
-    runs = _runs(layout)
-    batch = torch.zeros((), dtype=torch.long)
-    firsts = torch.tensor([first for first, _ in runs])
-    grid = rule.sees(layout, batch, firsts[:, None], firsts[None, :])
-    lasts = torch.tensor([stop - 1 for _, stop in runs])
-    whole = rule.sees(layout, batch, firsts, lasts) & (lasts > firsts)
-    for i, (first, stop) in enumerate(runs):
-        ahead = _joined([runs[j] for j in range(i + 1, len(runs)) if grid[i, j]])
-        if ahead or whole[i]:
-            found.append(Opening(first, stop, ahead, bool(whole[i])))
-    return found
-
-
-def _runs(layout: SequenceLayout) -> list[Span]:
-    kinds = [layout.document, layout.modality, layout.media_item, layout.prompt_block]
-    kinds += [] if layout.scope is None else [layout.scope]
-    stacked = torch.stack([kind[0] for kind in kinds], dim=-1)
-    starts = [0, *((stacked[1:] != stacked[:-1]).any(-1).nonzero()[:, 0] + 1).tolist()]
-    return list(zip(starts, [*starts[1:], stacked.shape[0]], strict=True))
-
-
-def _joined(spans: list[Span]) -> tuple[Span, ...]:
-    joined: list[Span] = []
-    for first, stop in spans:
-        if joined and joined[-1][1] == first:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((first, stop))
-    return tuple(joined)
+    for segment in segments(rule, layout):
+        for first, stop in segment.queries:
+            others = [span for span in segment.keys if not segment.is_causal or span not in segment.queries]
+            ahead = tuple((max(start, stop), end) for start, end in others if end > stop)
+            whole = not segment.is_causal and stop - first > 1
+            if ahead or whole:
+                found.append(Opening(first, stop, ahead, whole))
+    return sorted(found, key=lambda opening: opening.first)

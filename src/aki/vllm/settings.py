@@ -41,8 +41,8 @@ def own_rule(vllm_config: Any) -> str | None:
         return None
     if model.hf_config.model_type != "gemma3":
         raise CannotServe(
-            f"{model.hf_config.model_type!r} has a mask of its own in which media see more than what is behind them, and "
-            "aki does not know in vLLM which: it cannot be served under an attention rule."
+            f"{model.hf_config.model_type!r} has a mask of its own in which media see more than what is behind them, "
+            "and aki does not know in vLLM which: it cannot be served under an attention rule."
         )
     return "image_bidirectional"
 

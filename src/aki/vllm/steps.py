@@ -47,9 +47,9 @@ class Steps:
             yield
             if self.is_open and self.done != len(self.layers):
                 raise RuntimeError(
-                    f"{len(self.layers) - self.done} of {len(self.layers)} attention layers were computed past the attention "
-                    "rule, so this step would have been answered causally: vLLM ran them in a way that aki does not "
-                    "know (a CUDA graph over mixed batches, for instance). Start it with --enforce-eager."
+                    f"{len(self.layers) - self.done} of {len(self.layers)} attention layers were computed past the "
+                    "attention rule, so this step would have been answered causally: vLLM ran them in a way that aki "
+                    "does not know (a CUDA graph over mixed batches, for instance). Start it with --enforce-eager."
                 )
         finally:
             self.is_open = False

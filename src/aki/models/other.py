@@ -1,0 +1,176 @@
+"""Multimodal models that are not AKI's, as they are published: loaded whole, and their parts by the names of AKI's."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PreTrainedConfig, PreTrainedModel
+
+from aki.attention.families import text_decoder, underlying_model, unwrapped
+from aki.models.adapters import adapter_of, rule_of_adapter
+from aki.models.configuration import AkiConfig
+from aki.models.loading import check_family_before
+from aki.models.modeling import AkiForConditionalGeneration
+from aki.models.processing import AkiProcessor
+from aki.models.template_limits import check_templates
+from aki.models.weights import check_complete, check_depth, check_finite
+
+_CONNECTOR = re.compile(r"project(or|ion)|connector|merger|align|resampler|newline|^embed_(vision|audio)")
+"""What families call the modules between encoder and language model."""
+
+
+def described(name: str | Path) -> dict[str, Any]:
+    """The configuration of a folder or hub id as it is written; of an adapter that of its model, with its rule."""
+    base = adapter_of(name)
+    if base is None:
+        return PreTrainedConfig.get_config_dict(name)[0]
+    rule = rule_of_adapter(name)
+    return described(base) | ({} if rule is None else {"attention_rule": rule})
+
+
+def kind_of(name: str | Path) -> str | None:
+    """The `model_type` of a folder or hub id."""
+    return described(name).get("model_type")
+
+
+def _merged(folder: str | Path, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    from peft import PeftModel
+
+    model, _ = load_any(str(adapter_of(folder)), dtype, **options)
+    merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    rule = rule_of_adapter(folder)
+    if rule is not None:
+        merged.config.attention_rule = rule
+    return merged, AkiProcessor.from_pretrained(folder) if is_aki(merged) else load_other_processor(folder)
+
+
+def load_any(name: str | Path, dtype: torch.dtype | str = "auto", **options: Any) -> tuple[PreTrainedModel, Any]:
+    """A model and its processor, AKI's or another family's, causal where it is another's. Reads safetensors only.
+
+    Args:
+        name: a folder or a hub id. An adapter is merged into its model.
+        dtype: of the weights; `auto` keeps that of the files.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: weights are missing or not numbers, or its chat template does not end.
+    """
+    if adapter_of(name) is not None:
+        return _merged(name, dtype, options)
+    found, _ = PreTrainedConfig.get_config_dict(name)
+    if found.get("model_type") in (AkiConfig.model_type, None):
+        chosen: dict[str, Any] = options if dtype == "auto" else {"dtype": dtype, **options}
+        return AkiForConditionalGeneration.from_pretrained(name, **chosen), AkiProcessor.from_pretrained(name)
+    # On a terminal transformers would ask whether to run the folder's own code.
+    closed: dict[str, Any] = {"trust_remote_code": False}
+    check_depth(found, name)
+    processor = load_other_processor(name)
+    check_family_before(name, AutoConfig.from_pretrained(name, **closed))
+    model, info = AutoModelForMultimodalLM.from_pretrained(
+        name, use_safetensors=True, dtype=dtype, output_loading_info=True, **closed, **options
+    )
+    # Weights that they do not take are usual in other families.
+    check_complete(name, info["missing_keys"])
+    check_finite(name, dict(model.named_parameters()))
+    return model, processor
+
+
+def load_other_processor(name: str | Path) -> Any:
+    """
+    Raises:
+        ValueError: its chat template does not end.
+    """
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    check_templates(processor)
+    return processor
+
+
+def is_aki(model: Any) -> bool:
+    """Whether a model is AKI's own, also within what training puts around it."""
+    return getattr(unwrapped(model).config, "model_type", None) == AkiConfig.model_type
+
+
+def parameters_of(model: Any) -> dict[str, list[nn.Parameter]]:
+    """A model's parameters by the part that they belong to, whatever its family calls it.
+
+    Returns:
+        vision_encoder (of other families every encoder of media), connector, language_model (with its output layer).
+
+    Raises:
+        CannotUnlock: a model in which no rule could be laid.
+    """
+    if is_aki(model):
+        return {name: list(part.parameters()) for name, part in base_of(model).parts.items()}
+    base = base_of(model)
+    language = {id(p) for part in _language_parts(base) for p in part.parameters()}
+    found: dict[str, list[nn.Parameter]] = {"vision_encoder": [], "connector": [], "language_model": []}
+    for name, parameter in base.named_parameters():
+        is_connector = any(_CONNECTOR.search(piece) for piece in name.split("."))
+        part = "language_model" if id(parameter) in language else "connector" if is_connector else "vision_encoder"
+        found[part].append(parameter)
+    return found
+
+
+def base_of(model: Any) -> Any:
+    """The model within all wrappers, PEFT's too."""
+    if not is_aki(model):
+        return underlying_model(model)
+    inner = unwrapped(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def decoder_path(model: Any) -> str:
+    """Where the text decoder is in the model, as `get_submodule` takes it."""
+    base = base_of(model)
+    decoder = base.model.language_model if is_aki(base) else text_decoder(base)
+    return next(name for name, module in base.named_modules() if module is decoder)
+
+
+def connectors_of(model: Any) -> list[str]:
+    """The names of a model's connectors: modules outside of which there are no others."""
+    found: list[str] = []
+    for name in modules_beside_decoder(model, every=True):
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if not inside and _CONNECTOR.search(name.rpartition(".")[2]):
+            found.append(name)
+    return found
+
+
+def modules_beside_decoder(model: Any, every: bool = False) -> list[str]:
+    """The names of modules that hold nothing of the text decoder: the outermost, or every one."""
+    base, path = base_of(model), decoder_path(model)
+    found: list[str] = []
+    for name, _ in base.named_modules():
+        holds = not name or path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.")
+        if not holds and (every or not any(name.startswith(f"{other}.") for other in found)):
+            found.append(name)
+    return found
+
+
+def model_on_meta(name: str | Path) -> PreTrainedModel:
+    """The modules of a model without its weights, of an adapter those of its model."""
+    base = adapter_of(name)
+    if base is not None:
+        return model_on_meta(base)
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        return (
+            AutoModelForMultimodalLM.from_config(config)
+            if config.model_type != AkiConfig.model_type
+            else (AkiForConditionalGeneration(config))
+        )
+
+
+def takes_logits_to_keep(model: Any) -> bool:
+    """Whether its forward computes the logits of chosen positions alone."""
+    return "logits_to_keep" in inspect.signature(type(base_of(model)).forward).parameters
+
+
+def _language_parts(model: PreTrainedModel) -> list[nn.Module]:
+    parts = [text_decoder(model), model.get_input_embeddings(), model.get_output_embeddings()]
+    return [part for part in parts if part is not None]

@@ -1,0 +1,75 @@
+"""What a recipe trains beside frozen weights: an adapter of PEFT, over whole or quantised weights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from aki.models.other import base_of, connectors_of, decoder_path, model_on_meta, modules_beside_decoder
+from aki.training.recipe import KINDS_OF_ADAPTERS, AdapterRecipe, QuantizationRecipe, RecipeError
+
+
+def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str) -> Any:
+    """The model in PEFT's wrapper, in which the adapter and `modules_to_save` alone are trained.
+
+    Args:
+        belongs_to: folder or hub id of the model, which the adapter's folder names.
+
+    Raises:
+        RecipeError: PEFT is not there, or does not take these fields.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RecipeError("adapter needs PEFT: pip install peft.") from error
+    saved = [name for one in recipe.modules_to_save for name in (connectors_of(model) if one == "connector" else [one])]
+    try:
+        config = LoraConfig(
+            # With one, what is written into auto_mapping (the rule) stays there.
+            task_type="CAUSAL_LM",
+            r=recipe.r,
+            lora_alpha=recipe.alpha,
+            lora_dropout=recipe.dropout,
+            target_modules=list(recipe.target_modules) or language_linears(model),
+            modules_to_save=saved or None,
+            base_model_name_or_path=belongs_to,
+            **KINDS_OF_ADAPTERS[recipe.kind],
+            **recipe.options,
+        )
+        return get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"PEFT does not take this adapter: {error}") from error
+
+
+def language_linears(model: nn.Module) -> str:
+    """A regular expression for the linear layers of a model's language model, as PEFT's `target_modules` takes it."""
+    path = decoder_path(model)
+    decoder = base_of(model).get_submodule(path)
+    leaves = {name.rpartition(".")[2] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    return rf"{re.escape(path)}\..*\b({'|'.join(sorted(leaves))})"
+
+
+def quantization_config(recipe: QuantizationRecipe, folder: str, bf16: bool) -> BitsAndBytesConfig:
+    """Of the language model's layers; encoders and connectors stay as they are.
+
+    Raises:
+        RecipeError: bitsandbytes is not there.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise RecipeError("quantization needs bitsandbytes: pip install bitsandbytes.") from error
+    kept = ["lm_head", *modules_beside_decoder(model_on_meta(folder))]
+    if recipe.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        llm_int8_skip_modules=kept,
+    )

@@ -1,0 +1,59 @@
+"""transformers' TrainingArguments out of a stage, and out of all that a recipe hands on to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import TrainingArguments
+
+OWNED = {
+    "output_dir": "--output",
+    "resume_from_checkpoint": "--resume",
+    "max_steps": "the stage's steps",
+    "num_train_epochs": "the stage's steps",
+    "per_device_train_batch_size": "the stage's batch_size",
+    "gradient_accumulation_steps": "the stage's gradient_accumulation_steps",
+    "learning_rate": "the stage's learning_rate",
+    "lr_scheduler_type": "the stage's learning_rate, min_learning_rate and warmup_steps, a cosine",
+    "lr_scheduler_kwargs": "the stage's learning_rate, min_learning_rate and warmup_steps, a cosine",
+    "warmup_steps": "the stage's warmup_steps",
+    "weight_decay": "the stage's weight_decay",
+    "adam_beta2": "the stage's adam_beta2",
+    "max_grad_norm": "the stage's clip",
+    "logging_strategy": "the stage's log_every",
+    "logging_steps": "the stage's log_every",
+    "eval_strategy": "the stage's eval_every",
+    "eval_steps": "the stage's eval_every",
+    "save_strategy": "the stage's save_every",
+    "save_steps": "the stage's save_every",
+    "bf16": "the recipe's bf16",
+    "fsdp": "the recipe's fsdp",
+    "fsdp_config": "the recipe's fsdp",
+    "seed": "the recipe's seed",
+    "data_seed": "the recipe's seed",
+    "report_to": "the recipe's report_to",
+    "dataloader_num_workers": "the recipe's workers",
+    "train_sampling_strategy": "the stage's sources and mixture",
+    "ignore_data_skip": "the stage's data, which resumes where it stood",
+    "remove_unused_columns": "the stage's data",
+    "label_names": "the stage's data",
+    "disable_tqdm": "--progress",
+}
+"""Fields of TrainingArguments that a recipe says in words of its own, and in which."""
+
+
+def check_trainer(values: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a field that is said elsewhere in the recipe, or none of TrainingArguments; the nearest is named.
+    """
+    fields = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    for name in values:
+        if name in OWNED:
+            raise ValueError(f"trainer.{name} is said by {OWNED[name]}: set that.")
+        if name not in fields:
+            near = get_close_matches(str(name), [one for one in fields if one not in OWNED], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown key 'trainer.{name}', it is no field of transformers' TrainingArguments.{hint}")
