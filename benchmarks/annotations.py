@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from aki.data.sources import open_source
+from aki.data.sources import Source, open_source
 
 READS = 2000
 
@@ -48,6 +48,7 @@ def measure(folder: Path) -> dict[str, float]:
     before, started = own_memory(), time.perf_counter()
     source = open_source("gqa", annotations=folder / "gqa.json", images=folder, cache=folder / "cache")
     opened = time.perf_counter()
+    assert isinstance(source, Source)
     rng = random.Random(0)
     for _ in range(READS):
         source.row(rng.randrange(len(source)))

@@ -1,9 +1,9 @@
 """Time and peak memory of attention backends, as ratios to causal attention in the same run.
 
-One sample a length: 9/16 of it pictures, then a prompt of 1/8, then the answer, which is where the paper's long inputs
-stand; 8 heads of 64. The backends take turns, and each keeps its best time, so that a noisy machine disturbs all alike.
-The row `auto` repeats that of the backend which auto takes.
-Peak memory is what the allocator held beyond inputs at its highest, from torch's profiler.
+Two kinds of rows: one turn (9/16 pictures, a prompt of 1/8, then the answer, which is where the paper's long inputs
+stand), and a packed row of 8,192 tokens made of samples of the paper's lengths. The backends take turns, and each keeps
+its best time, so that a noisy machine disturbs all alike. The row `auto` repeats that of the backend which auto takes.
+Peak memory is what the allocator held beyond inputs at its highest.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,88 +23,120 @@ from torch.profiler import ProfilerActivity, profile
 
 from aki.attention import dense_mask, get_rule
 from aki.attention.choice import choose
-from aki.attention.flex import block_mask, compiled_for_cpu
-from aki.attention.merged import merged_attention
-from aki.attention.rectangles import Part, allowed_pairs, encode_plan, plan_parts
+from aki.attention.kernels import segment_attention
+from aki.attention.segments import allowed_pairs, encode, segments
 from aki.layout import IMAGE, SequenceLayout
 
-HEADS, WIDTH = 8, 64
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = {"cpu": (512, 1024, 2048, 4096, 8192, 16384), "cuda": (512, 1024, 2048, 4096, 8192, 16384, 32768)}
 QUICK_LENGTHS = (512, 1024, 2048)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HEADS = {"cpu": ((8, 64),), "cuda": ((32, 96), (32, 128))}
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 PASSES = ("forward", "backward", "both")
-RULE = get_rule("mma")
+MMA, CAUSAL = get_rule("mma"), get_rule("causal")
+PACKED_ROW, IMAGE_TOKENS = 8192, 144
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def one_turn(length: int) -> SequenceLayout:
     """Pictures, a prompt, an answer."""
-    position = torch.arange(length)[None]
-    pictures, prompt = length * 9 // 16, length * 9 // 16 + length // 8
-    is_media = (position < pictures).long()
-    return SequenceLayout(torch.zeros_like(position), is_media * IMAGE, is_media - 1, -(position >= prompt).long())
+    return _layout([(length * 9 // 16, length // 8, length - length * 9 // 16 - length // 8)])
 
 
-def parts_of(layout: SequenceLayout) -> list[Part]:
-    assert RULE.rectangles is not None
-    return plan_parts(layout, RULE.rectangles(layout))
+def packed_row(length: int = PACKED_ROW) -> SequenceLayout:
+    """Whole samples of the paper's lengths: a picture of 144 tokens, a prompt of 20 to 80, an answer of 2 to 200."""
+    generator = torch.Generator().manual_seed(0)
+    samples, room = [], length
+    while room > 0:
+        prompt, answer = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((20, 81), (2, 201)))
+        if IMAGE_TOKENS + prompt + answer > room:
+            prompt, answer = room, 0
+            samples.append((0, prompt, answer))
+            break
+        samples.append((IMAGE_TOKENS, prompt, answer))
+        room -= IMAGE_TOKENS + prompt + answer
+    return _layout(samples)
 
 
-def backends(layout: SequenceLayout, names: list[str]) -> dict[str, Attention]:
-    plan = encode_plan(parts_of(layout))
+def _layout(samples: list[tuple[int, int, int]]) -> SequenceLayout:
+    """Of one row.
 
-    def merged(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return merged_attention(query, key, value, plan, WIDTH**-0.5)
+    Args:
+        samples: tokens of the picture, the prompt, the answer.
+    """
+    columns: tuple[list[int], ...] = ([], [], [], [])
+    for number, (pictures, prompt, answer) in enumerate(samples):
+        columns[0].extend([number] * (pictures + prompt + answer))
+        columns[1].extend([IMAGE] * pictures + [0] * (prompt + answer))
+        columns[2].extend([number] * pictures + [-1] * (prompt + answer))
+        columns[3].extend([number] * (pictures + prompt) + [-1] * answer)
+    return SequenceLayout(*(torch.tensor(column)[None] for column in columns))
 
-    made: dict[str, Attention] = {
-        "causal": lambda query, key, value: scaled_dot_product_attention(query, key, value, is_causal=True),
-        "merged": merged,
+
+def backends(layout: SequenceLayout, names: list[str], device: str, heads: tuple[int, int]) -> dict[str, Attention]:
+    """`causal` is the library's own over the whole row, `causal by documents` is ours of the rule causal."""
+
+    def by_segments(rule) -> Attention:
+        plan = encode(segments(rule, layout))
+        return lambda query, key, value: segment_attention(query, key, value, plan, heads[1] ** -0.5)
+
+    def dense() -> Attention:
+        mask = dense_mask(MMA, layout)[:, None].to(device)
+        return lambda query, key, value: scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    made: dict[str, Callable[[], Attention]] = {
+        "causal": lambda: lambda query, key, value: scaled_dot_product_attention(query, key, value, is_causal=True),
+        "causal by documents": lambda: by_segments(CAUSAL),
+        "segments": lambda: by_segments(MMA),
+        "dense": dense,
     }
-    if "dense" in names:
-        mask = dense_mask(RULE, layout)[:, None]
-        made["dense"] = lambda query, key, value: scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    if "flex" in names:
-        blocks, compiled = block_mask(RULE, layout), compiled_for_cpu()
-        # It refuses tensors that want gradients, even where none are asked for.
-        made["flex"] = lambda query, key, value: compiled(
-            query.detach(), key.detach(), value.detach(), block_mask=blocks
-        )
-    return {name: made[name] for name in names}
+    return {name: made[name]() for name in names}
 
 
-def inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
+def one_backend(layout: SequenceLayout, name: str, device: str, heads: tuple[int, int]) -> Attention:
+    return backends(layout, [name], device, heads)[name]
+
+
+def inputs(length: int, dtype: torch.dtype, device: str, heads: tuple[int, int]) -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(1, length, HEADS, WIDTH, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+    shape = (1, length, *heads)
+    return [torch.randn(shape, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for _ in range(3)]
 
 
-def seconds(attention: Attention, tensors: list[Tensor], with_backward: bool) -> dict[str, float]:
-    with torch.set_grad_enabled(with_backward):
-        start = time.perf_counter()
-        out = attention(*tensors)
-        middle = time.perf_counter()
-    if not with_backward:
-        return {"forward": middle - start}
+def seconds(attention: Attention, tensors: list[Tensor]) -> dict[str, float]:
+    def now() -> float:
+        if tensors[0].is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    out = attention(*tensors)
+    middle = now()
     torch.autograd.grad(out, tensors, torch.ones_like(out))
-    end = time.perf_counter()
+    end = now()
     return {"forward": middle - start, "backward": end - middle, "both": end - start}
 
 
 def best_seconds(functions: dict[str, Attention], tensors: list[Tensor], budget: float) -> dict[str, dict[str, float]]:
-    """The best of as many rounds as fit in `budget` seconds, two at least: the first one warms up and compiles."""
+    """The best of as many rounds as fit in `budget` seconds, two at least: the first one warms up."""
     best: dict[str, dict[str, float]] = {name: {} for name in functions}
     started, rounds = time.perf_counter(), 0
     while rounds < 2 or time.perf_counter() - started < budget:
         for name, attention in functions.items():
-            taken = seconds(attention, tensors, name != "flex")
+            taken = seconds(attention, tensors)
             best[name] = {step: min(value, best[name].get(step, value)) for step, value in taken.items()}
         rounds += 1
     return best
 
 
-def peak_megabytes(name: str, layout: SequenceLayout, tensors: list[Tensor]) -> float:
+def peak_megabytes(make: Callable[[], Attention], tensors: list[Tensor]) -> float:
     """Masks and plans are made anew, so that they count."""
+    if tensors[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        seconds(make(), tensors)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        seconds(backends(layout, [name])[name], tensors, name != "flex")
+        seconds(make(), tensors)
     assert recorded.profiler is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
@@ -113,26 +146,34 @@ def peak_megabytes(name: str, layout: SequenceLayout, tensors: list[Tensor]) -> 
     return peak / 2**20
 
 
-def measure(length: int, dtype_name: str, names: list[str], budget: float) -> list[dict]:
+def measure(what: str, layout: SequenceLayout, dtype_name: str, device: str, heads: tuple[int, int], budget: float):
     """Rows of the backends, and of what `auto` would take of them."""
-    dtype, layout = DTYPES[dtype_name], one_turn(length)
-    parts = parts_of(layout)
-    functions, tensors = backends(layout, names), inputs(length, dtype)
+    dtype, length = getattr(torch, dtype_name), layout.shape[1]
+    base = "causal" if what == "one turn" else "causal by documents"
+    names = list(dict.fromkeys([base, "dense", "segments"]))
+    functions, tensors = backends(layout, names, device, heads), inputs(length, dtype, device, heads)
     best = best_seconds(functions, tensors, budget)
     # The profiler starts threads of its own: memory comes after time.
-    peaks = {name: peak_megabytes(name, layout, tensors) for name in names}
-    pairs = allowed_pairs(parts) / (length * (length + 1) / 2)
-    taken_by_auto = choose("auto", RULE, (1, length), parts, device=torch.device("cpu"), dtype=dtype, heads=HEADS)
+    peaks = {name: peak_megabytes(partial(one_backend, layout, name, device, heads), tensors) for name in names}
+    found = tuple(segments(MMA, layout))
+    pairs = {"dense": length * length, base: allowed_pairs(segments(CAUSAL, layout))} | {
+        "segments": allowed_pairs(found)
+    }
+    taken_by_auto = choose("auto", found, layout, torch.empty(1, length, 0, dtype=dtype, device=device), heads[0])
     sources = {name: name for name in names} | {"auto": taken_by_auto.backend}
     return [
         {
+            "what": what,
             "length": length,
             "dtype": dtype_name,
+            "heads": f"{heads[0]} x {heads[1]}",
             "backend": name,
             "pass": step,
             "seconds": taken,
-            "ratio_to_causal": taken / best["causal"][step],
-            "pair_ratio": 1.0 if name == "causal" else pairs,
+            "ratio_to_causal": taken / best[base][step],
+            "pair_ratio": pairs["segments" if name in ("dense", "auto") else name] / pairs[base],
+            # Of the pairs that the rule allows; 2 products forward, 5 backward.
+            "tflops": _PRODUCTS[step] * 2 * pairs["segments"] * heads[0] * heads[1] / taken / 1e12,
             "peak_mb": peaks[source],
         }
         for name, source in sources.items()
@@ -140,44 +181,46 @@ def measure(length: int, dtype_name: str, names: list[str], budget: float) -> li
     ]
 
 
-def print_table(rows: list[dict], dtype_name: str) -> None:
-    print(
-        f"\n{dtype_name}, {torch.get_num_threads()} threads: time as a ratio to causal attention, peak memory in MB\n"
-    )
-    print("| length | backend | forward | backward | both | allowed pairs | causal, s | peak MB |")
-    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    of_dtype = [row for row in rows if row["dtype"] == dtype_name]
-    for length, name in dict.fromkeys((row["length"], row["backend"]) for row in of_dtype):
-        own = {row["pass"]: row for row in of_dtype if (row["length"], row["backend"]) == (length, name)}
-        ratios = " | ".join(f"{own[step]['ratio_to_causal']:.2f}" if step in own else "" for step in PASSES)
-        one = own["forward"]
-        taken = f"{own['both']['seconds']:.4f}" if name == "causal" else ""
-        print(
-            f"| {length} | {name} | {ratios} | {one['pair_ratio']:.2f} | {taken} | {one['peak_mb']:.1f} |", flush=True
-        )
+_PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
+
+
+def print_table(rows: list[dict], device: str) -> None:
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"\n{where}: time as a ratio to causal attention (of packed rows: causal by documents)\n")
+    print("| what | length | dtype | heads | backend | forward | backward | both | allowed pairs | TFLOP/s | peak MB |")
+    print("| --- | ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    keys = ("what", "length", "dtype", "heads", "backend")
+    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
+        own = {row["pass"]: row for row in rows if tuple(row[name] for name in keys) == key}
+        ratios = " | ".join(f"{own[step]['ratio_to_causal']:.2f}" for step in PASSES)
+        one = own["both"]
+        rest = f"{one['pair_ratio']:.2f} | {one['tflops']:.3f} | {one['peak_mb']:.1f}"
+        print(f"| {' | '.join(map(str, key))} | {ratios} | {rest} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three lengths, flex at the first only, within a minute")
+    parser.add_argument("--quick", action="store_true", help="three lengths, within a minute")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of one turn")
     parser.add_argument("--seconds", type=float, default=12.0, help="time to spend on each length and dtype")
     options = parser.parse_args()
-    lengths = QUICK_LENGTHS if options.quick else options.lengths
+    lengths = options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS[options.device])
     budget = 1.0 if options.quick else options.seconds
+    layouts = [("one turn", one_turn(length)) for length in lengths] + [("packed", packed_row())]
     rows: list[dict] = []
     started = time.perf_counter()
-    for dtype_name in DTYPES:
-        for length in lengths:
-            # Compiling flex takes most of a quick run.
-            flex = ["flex"] if not options.quick or (length, dtype_name) == (lengths[0], "float32") else []
-            rows += measure(length, dtype_name, ["causal", "dense", *flex, "merged"], budget)
-            spent = time.perf_counter() - started
-            print(f"{dtype_name}, {length} tokens: measured, {spent:.0f} s so far", file=sys.stderr, flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=1) + "\n")
-        print_table(rows, dtype_name)
+    for dtype_name in DTYPES[options.device]:
+        for heads in HEADS[options.device]:
+            for what, layout in layouts:
+                rows += measure(what, layout, dtype_name, options.device, heads, budget)
+                spent = time.perf_counter() - started
+                size = f"{what}, {layout.shape[1]} tokens, {dtype_name}"
+                print(f"{size}: measured, {spent:.0f} s so far", file=sys.stderr, flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print_table(rows, options.device)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def run(seed: int, tries: int = 1000, seconds: float = 600) -> tuple[int, list[s
     Returns:
         Tries made, and a sentence for each failure.
     """
-    draw, failures = random.Random(seed), []
+    draw, failures = random.Random(seed), list[str]()
     made, ends = 0, time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "tiny"

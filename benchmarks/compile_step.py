@@ -1,6 +1,6 @@
 """Whether torch.compile pays in a training step: seconds of the same packed step, eager and compiled, turn by turn.
 
-The model and the step are those of train_step.py; each layer of the language model is compiled, with merged attention
+The model and the step are those of train_step.py; each layer of the language model is compiled, attention by segments
 as one operator in it. The ratio is the median over pairs of steps, so that a noisy machine disturbs both alike.
 """
 
@@ -19,7 +19,7 @@ from train_step import DTYPES, batches, build, draw_samples, step_seconds
 def measure(dtype_name: str, layers: int, steps: int, row_tokens: int) -> dict:
     dtype = DTYPES[dtype_name]
     torch.manual_seed(0)
-    models = {way: build("merged", layers) for way in ("eager", "compiled")}
+    models = {way: build("segments", layers) for way in ("eager", "compiled")}
     models["compiled"].load_state_dict(models["eager"].state_dict())
     for layer in models["compiled"].model.language_model.layers:
         layer.compile(dynamic=True)

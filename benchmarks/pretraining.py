@@ -4,7 +4,8 @@
 
 naive: MMA opened on captions of which all text is learned, which leaks; the guard is switched off here and nowhere
 else. causal: the paper's. split: `seen: 0.5` under MMA. split + causal: the same with `also_causal`, in half the steps,
-so that all four read equal tokens. Each finished cell is a small file in the output's `cells`, and is never trained again.
+so that all four read equal tokens. Each finished cell is a small file in the output's `cells`, and is never trained
+again.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 
 from aki.attention import RULES, LeakError, check_no_leak, get_rule
 from aki.attention.guard import NothingOpensError
+from aki.attention.segments import far
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
 from aki.data.orders import template_in_order
@@ -43,13 +44,13 @@ def verdict(rule: str, model: AkiForConditionalGeneration, batch: dict[str, torc
         return "no: opens nothing"
     except LeakError:
         return "**no: leaks**"
-    far = get_rule(rule).far(layout)
-    ahead = (far > torch.arange(layout.shape[1])) & ~layout.is_padding
+    last = far(get_rule(rule), layout)
+    ahead = (last > torch.arange(layout.shape[1])) & ~layout.is_padding
     if not ahead.any():
         return "yes, as causal"
     if bool((ahead & ~layout.is_media).any()):
         return "yes: the prompt to itself"
-    sees_text = ahead & ~layout.is_media.gather(1, far.clamp(min=0))
+    sees_text = ahead & ~layout.is_media.gather(1, last.clamp(min=0))
     return "yes: the picture to the text" if bool(sees_text.any()) else "yes: the picture to itself"
 
 

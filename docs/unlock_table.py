@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PAGE = Path(__file__).with_name("unlock.md")
-TESTS = Path(__file__).parents[1] / "tests" / "attention" / "test_unlock.py"
+TESTS = [Path(__file__).parents[1] / "tests" / "attention" / name for name in ("test_unlock.py", "test_pack.py")]
 BEGIN, END = "<!-- made by docs/unlock_table.py -->", "<!-- end -->"
 COLUMNS = {
     "test_logits_equal_those_under_the_oracles_mask": "oracle's mask",
@@ -22,6 +22,8 @@ COLUMNS = {
     "test_train_step_gives_finite_gradients_to_every_weight_that_trains": "train step",
     "test_answers_are_never_seen_by_what_comes_before": "no leak",
     "test_eager_equals_sdpa": "eager = sdpa",
+    "test_kernel_equals_dense": "kernel = dense",
+    "test_packed_equals_unpacked:mma": "packed = unpacked",
 }
 CELLS = {"passed": "yes", "failed": "**no**", "skipped": "n/a"}
 
@@ -33,7 +35,7 @@ class Results:
         self.cells: dict[str, dict[str, str]] = defaultdict(dict)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        match = re.search(r"::(\w+)\[(.*?)(?:-(uncached|static))?\]$", report.nodeid)
+        match = re.search(r"::(\w+)\[(.*?)(?:-(uncached|static|mma))?\]$", report.nodeid)
         if match is None or (report.when != "call" and report.outcome == "passed"):
             return
         test, family, how = match.groups()
@@ -53,7 +55,7 @@ def main() -> int:
     results = Results()
     # Of a new family the page knows nothing yet.
     options = ["-q", "-p", "no:cacheprovider", "-k", "not the_page_shows"]
-    status = pytest.main([str(TESTS), *options], plugins=[results])
+    status = pytest.main([*map(str, TESTS), *options], plugins=[results])
     before, rest = PAGE.read_text().split(BEGIN)
     _, after = rest.split(END)
     PAGE.write_text(f"{before}{BEGIN}\n{table(results.cells)}\n{END}{after}")

@@ -1,7 +1,9 @@
 """AKI and modality-mutual attention."""
 
-from aki import plots
+# compat first: it warns of a transformers that was not tested, before an import fails.
+from aki import compat, plots  # noqa: F401
 from aki.attention import lock, unlock, write_prompt_blocks
+from aki.data.pack import pack
 from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiModel, AkiProcessor
 from aki.models.explain import explain
 
@@ -14,6 +16,7 @@ __all__ = [
     "AkiProcessor",
     "explain",
     "lock",
+    "pack",
     "plots",
     "unlock",
     "write_prompt_blocks",

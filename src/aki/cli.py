@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         disable_progress_bar()  # those of loading and saving; ours say more
     try:
-        if rest and not isinstance(command, TAKE_RECIPE_FIELDS):
+        if rest and not isinstance(command, (*TAKE_RECIPE_FIELDS, Serve)):
             name = type(command).__name__.lower()
             raise RecipeError(f"aki {name} does not know {' '.join(rest)}; see aki {name} --help.")
         command.run(rest)

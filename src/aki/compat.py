@@ -5,12 +5,31 @@ Each name says why it is there and the release from which, once it is the oldest
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from transformers import Cache
+from packaging.version import Version
+from transformers import Cache, __version__
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+NEWEST_TESTED = "5.24"
+"""The newest minor release that `make test-newest` has passed under; the oldest stands in pyproject.toml."""
+
+
+def warn_of_untested(release: str = __version__) -> None:
+    """Say so where transformers is newer than what was tested; it may do all the same."""
+    if Version(release).release[:2] > Version(NEWEST_TESTED).release:
+        warnings.warn(
+            f"aki was tested with transformers up to {NEWEST_TESTED}, this is {release}: if something fails, install "
+            f"'transformers=={NEWEST_TESTED}.*'.",
+            stacklevel=2,
+        )
+
+
+warn_of_untested()
+
 
 # 5.24 calls a model's cache `cache`; before it was `past_key_values`, which 5.24 to 5.39 still take from a caller.
 # CACHE can go with 5.24, the old name with 5.40.

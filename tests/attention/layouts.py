@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aki.attention.rules import Rule
-from aki.layout import SequenceLayout
+from aki.attention.segments import Segment
+from aki.layout import SequenceLayout, build_layout
 
 _KINDS = st.sampled_from(["text", "image", "audio", "answer"])
 _SEGMENT = st.tuples(_KINDS, st.integers(1, 7))
@@ -20,6 +21,30 @@ def layouts(draw, max_rows: int = 3) -> SequenceLayout:
     """Batches of rows with padding left, right, or between documents; several documents, pictures and turns in each."""
     rows = draw(st.lists(_ROW, min_size=1, max_size=max_rows))
     return make_layout(rows)
+
+
+@st.composite
+def scoped_layouts(draw) -> SequenceLayout:
+    """Rows that open and close scopes (1 and 2) anywhere, with images (3), clips (4) and padding at their end."""
+    length = draw(st.integers(1, 20))
+    kinds = st.lists(st.sampled_from([1, 2, 3, 4, 9, 9]), min_size=length, max_size=length)
+    ids = torch.tensor(draw(st.lists(kinds, min_size=1, max_size=2)))
+    answer, padding = (draw(st.integers(0, length)) for _ in range(2))
+    blocks = torch.where(torch.arange(length) < answer, 0, -1).expand(ids.shape)
+    mask = (torch.arange(length) < length - padding).long().expand(ids.shape)
+    options = {"attention_mask": mask, "prompt_block_ids": blocks, "scope_token_ids": (1, 2)}
+    return build_layout(ids, {1: 3, 2: 4}, 1, grids={1: (1, 1), 2: (1, 1)}, **options)
+
+
+def mask_of(found: list[Segment], shape: tuple[int, int]) -> Tensor:
+    """(batch, length, length): how many times each pair is computed, by the definition of a segment."""
+    count = torch.zeros(*shape, shape[1], dtype=torch.int64)
+    for segment in found:
+        queries, keys = ([i for span in spans for i in range(*span)] for spans in (segment.queries, segment.keys))
+        for i, query in enumerate(queries):
+            for key in keys[: len(keys) - len(queries) + i + 1] if segment.is_causal else keys:
+                count[segment.row, query, key] += 1
+    return count
 
 
 def make_layout(rows: list) -> SequenceLayout:
@@ -50,16 +75,14 @@ def _row_tokens(before: int, documents: list, between: bool) -> list[tuple[int, 
 def by_definition(
     rule: Rule, layout: SequenceLayout, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
-    """Softmax over the pairs that the rule allows, one pair after the other; zero for padding."""
+    """Softmax over the pairs that the rule allows; zero for padding at the end of a row."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     batch, length = layout.shape
     index = torch.arange(length)
+    follows = (~layout.is_padding).flip(1).cumsum(1).flip(1) > 0
     allowed = torch.stack(
-        [
-            rule.sees(layout, torch.tensor(b), index[:, None], index) & ~layout.is_padding[b, :, None]
-            for b in range(batch)
-        ]
+        [rule.sees(layout, torch.tensor(b), index[:, None], index) & follows[b, :, None] for b in range(batch)]
     )[:, None]
     weights = ((query @ key.transpose(-1, -2)) * scale).masked_fill(~allowed, -torch.inf).softmax(-1)
     return weights.nan_to_num() @ value

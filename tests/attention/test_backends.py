@@ -7,15 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_merged import largest_allocation
+from test_segment_attention import largest_allocation
 from transformers import AutoConfig
 
 from aki import AkiConfig, AkiForConditionalGeneration
-from aki.attention.choice import announce, choose
-from aki.attention.kernels import _announce as announce_kernel
-from aki.attention.kernels import choose_kernel
-from aki.attention.rectangles import plan_parts
-from aki.attention.rules import RULES, Rule, get_rule
+from aki.attention.backends import attention
+from aki.attention.choice import announce, choose, unfit
+from aki.attention.kernels import no_kernel, segment_attention
+from aki.attention.segments import decode, segments
 from aki.layout import build_layout
 from aki.training.trainer import guard_batch
 
@@ -71,48 +70,33 @@ def differs(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor) -> flo
 
 @pytest.mark.parametrize("language_model", MODELS)
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("rule", ["causal", "mma"])
-def test_merged_gives_the_logits_of_the_dense_mask(language_model, padding, rule):
+@pytest.mark.parametrize("rule", ["causal", "mma", "prefix", "mma+image_bidirectional"])
+def test_segments_give_the_logits_of_the_dense_mask(language_model, padding, rule):
     inputs = batch(padding) | {"attention_rule": rule}
     with torch.no_grad():
-        ours = build("merged", language_model, **MODELS[language_model])(**inputs).logits
+        ours = build("segments", language_model, **MODELS[language_model])(**inputs).logits
         theirs = build("eager", language_model, **MODELS[language_model])(**inputs).logits
     assert differs(ours, theirs, inputs["attention_mask"]) < 1e-5
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_flex_gives_the_logits_of_the_dense_mask(padding):
-    flex, dense = build("flex"), build("eager")
-    # One length after the other: a kernel compiled for the first must not be used for the second.
-    for length in (LENGTH, LENGTH - 2):
-        inputs = batch(padding)
-        inputs |= {name: inputs[name][:, :length] for name in ("input_ids", "attention_mask", "prompt_block_ids")}
-        with torch.no_grad():
-            ours, theirs = flex(**inputs).logits, dense(**inputs).logits
-        assert differs(ours, theirs, inputs["attention_mask"]) < 1e-5
-
-
-def test_flex_refuses_to_train_on_the_cpu():
-    with pytest.raises(ValueError, match="no backward on the CPU"):
-        build("flex")(**batch("right"))
-
-
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_after_a_merged_prefill(cache):
+def test_generation_after_a_prefill_by_segments(cache):
     inputs = batch("left")
     options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
-    assert torch.equal(build("merged").generate(**inputs, **options), build("sdpa").generate(**inputs, **options))
+    assert torch.equal(build("segments").generate(**inputs, **options), build("sdpa").generate(**inputs, **options))
 
 
-def gradients(model: AkiForConditionalGeneration, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(
+    model: AkiForConditionalGeneration, inputs: dict, train: bool = True
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     labels = inputs["input_ids"].masked_fill((inputs["prompt_block_ids"] >= 0) | (inputs["attention_mask"] == 0), -100)
-    loss = model.train()(**inputs, labels=labels).loss
+    loss = model.train(train)(**inputs, labels=labels).loss
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def same_gradients(ours: AkiForConditionalGeneration, theirs: AkiForConditionalGeneration, tolerance: float = 1e-6):
-    (our_loss, our_gradients), (loss, wanted) = gradients(ours, batch("right")), gradients(theirs, batch("right"))
+def same_gradients(ours, theirs, tolerance: float = 1e-6, train: bool = True):
+    (our_loss, our_gradients), (loss, wanted) = (gradients(m, batch("right"), train) for m in (ours, theirs))
     assert our_loss == pytest.approx(float(loss), rel=max(tolerance, 1e-6))
     assert our_gradients.keys() == wanted.keys()
     worst = max(float((our_gradients[name] - gradient).abs().max()) for name, gradient in wanted.items())
@@ -120,19 +104,19 @@ def same_gradients(ours: AkiForConditionalGeneration, theirs: AkiForConditionalG
 
 
 def test_training_gives_the_gradients_of_the_dense_mask():
-    same_gradients(build("merged"), build("sdpa"))
+    same_gradients(build("segments"), build("sdpa"))
 
 
 def test_gradient_checkpointing_changes_nothing():
-    ours = build("merged")
+    ours = build("segments")
     ours.gradient_checkpointing_enable()
-    same_gradients(ours, build("merged"))
+    same_gradients(ours, build("segments"))
 
 
 def test_a_compiled_language_model_changes_nothing():
-    ours = build("merged")
+    ours = build("segments")
     ours.model.language_model.forward = torch.compile(ours.model.language_model.forward, backend="aot_eager")
-    same_gradients(ours, build("merged"))
+    same_gradients(ours, build("segments"))
 
 
 def test_under_autocast_it_is_as_near_as_the_dense_mask():
@@ -140,12 +124,12 @@ def test_under_autocast_it_is_as_near_as_the_dense_mask():
     with torch.no_grad():
         exact = build("sdpa")(**inputs).logits
         with torch.autocast("cpu", torch.bfloat16):
-            ours, theirs = (build(name)(**inputs).logits for name in ("merged", "sdpa"))
+            ours, theirs = (build(name)(**inputs).logits for name in ("segments", "sdpa"))
     ours_off, theirs_off = (differs(x, exact, inputs["attention_mask"]) for x in (ours, theirs))
     assert 0 < ours_off < 1.5 * theirs_off
 
 
-@pytest.mark.parametrize("implementation", ["merged", "sdpa"])
+@pytest.mark.parametrize("implementation", ["segments", "sdpa"])
 def test_packed_documents_are_apart(implementation):
     """Positions that restart begin a document: its logits are those that it has alone."""
     model, inputs = build(implementation), batch("right")
@@ -163,17 +147,39 @@ def test_packed_documents_are_apart(implementation):
     assert (both - torch.cat(alone, 1)).abs().max() < 1e-5
 
 
-def test_merged_refuses_dropout_in_a_sentence():
-    model = build("merged", attention_dropout=0.1).train()
-    with pytest.raises(ValueError, match="attention_dropout to 0"):
-        gradients(model, batch("right"))
+def test_segments_refuse_dropout_where_a_layer_asks_for_it_all_the_same():
+    plan = torch.zeros(1, 1, 2, 7, dtype=torch.int64)
+    with pytest.raises(ValueError, match="cannot compute dropout"):
+        attention(None, *torch.zeros(3, 1, 1, 1, 8), plan, dropout=0.1)
 
 
-def chosen(requested, ids, rule="mma", dtype=torch.float32, device="cpu", **layout):
-    layout = build_layout(ids, {1: IMAGE}, PATCHES, **layout)
-    rule = rule if isinstance(rule, Rule) else get_rule(rule)
-    parts = None if rule.rectangles is None else plan_parts(layout, rule.rectangles(layout))
-    return choose(requested, rule, ids.shape, parts, device=torch.device(device), dtype=dtype, heads=8)
+def test_what_the_kernels_cannot_takes_the_dense_mask_and_says_why(caplog):
+    announce.cache_clear()
+    with caplog.at_level(logging.INFO, "aki.attention.choice"):
+        same_gradients(build("segments", attention_dropout=0.1).eval(), build("sdpa"), train=False)
+    assert "dense attention: it drops out scores" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "caps its scores"),
+        ({"v_head_dim": 4}, "not one width"),
+        ({"sliding_window": 16}, "longer than the layers' window"),
+    ],
+)
+def test_a_configuration_says_what_is_unfit(field, reason):
+    config = AutoConfig.for_model("llama", hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    assert unfit(config, torch.device("cpu"), torch.float32, 60) is None
+    for name, value in field.items():
+        setattr(config, name, value)
+    assert reason in unfit(config, torch.device("cpu"), torch.float32, 60)
+
+
+def chosen(requested, ids, rule="mma", dtype=torch.float32, device="cpu", **options):
+    layout = build_layout(ids, {1: IMAGE}, PATCHES, **options)
+    embeds = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    return choose(requested, tuple(segments(rule, layout)), layout, embeds, 8)
 
 
 def picture_and_text(length: int) -> torch.Tensor:
@@ -182,26 +188,19 @@ def picture_and_text(length: int) -> torch.Tensor:
     return ids
 
 
-def test_auto_takes_the_dense_mask_for_short_batches_and_merged_for_long():
+def test_auto_takes_the_dense_mask_for_short_batches_and_segments_for_long():
     for dtype in (torch.float32, torch.bfloat16):
         choices = [chosen("auto", picture_and_text(length), dtype=dtype).backend for length in (64, 256, 2048, 8192)]
-        assert choices == ["dense", "dense", "merged", "merged"]
+        assert choices == ["dense", "dense", "segments", "segments"]
 
 
-def test_auto_takes_merged_for_packed_rows_whose_documents_are_short():
+def test_auto_takes_segments_for_packed_rows_whose_documents_are_short():
     position_ids = torch.arange(256).repeat(16)[None]
-    assert chosen("auto", torch.full((1, 4096), 5), "causal", position_ids=position_ids).backend == "merged"
+    assert chosen("auto", torch.full((1, 4096), 5), "causal", position_ids=position_ids).backend == "segments"
 
 
 def test_auto_takes_no_mask_where_none_is_needed():
     assert "needs no mask" in str(chosen("auto", torch.full((2, 4096), 5)))
-
-
-def test_a_rule_that_is_not_causal_plus_rectangles_is_dense_or_flex():
-    free = Rule("free", RULES["causal"].allows, RULES["causal"].far)
-    assert chosen("auto", picture_and_text(4096), free).backend == "dense"
-    assert "not causal plus rectangles" in chosen("merged", picture_and_text(4096), free).reason
-    assert chosen("auto", picture_and_text(4096), free, device="cuda").backend == "flex"
 
 
 def test_a_choice_is_logged_once(caplog):
@@ -211,41 +210,32 @@ def test_a_choice_is_logged_once(caplog):
         announce(choice)
         announce(choice)
     assert [record.getMessage() for record in caplog.records] == [str(choice)]
-    assert "merged attention: merged is expected to take 0." in str(choice)
+    assert "segments attention: segments are expected to take 0." in str(choice)
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "width", "name"),
+    ("device", "dtype", "width", "reason"),
     [
-        ("cpu", torch.float64, 10, "aten flash, CPU"),
-        ("cuda", torch.bfloat16, 64, "aten flash, CUDA"),
-        ("cuda", torch.float16, 60, "aten efficient, CUDA"),
-        ("cuda", torch.float16, 264, "aten efficient, CUDA"),
-        ("cuda", torch.float32, 64, "aten efficient, CUDA"),
+        ("cpu", torch.float64, 10, None),
+        ("cuda", torch.bfloat16, 64, None),
+        ("cuda", torch.float16, 60, "no heads of width 60"),
+        ("cuda", torch.float16, 264, "no heads of width 264"),
+        ("cuda", torch.float32, 64, "half precision, and this is torch.float32"),
+        ("mps", torch.float32, 64, "no kernel for 'mps'"),
     ],
 )
-def test_the_kernel_goes_by_device_dtype_and_width_and_says_why(caplog, device, dtype, width, name):
-    announce_kernel.cache_clear()
-    with caplog.at_level(logging.INFO, "aki.attention"):
-        kernels = [choose_kernel(stand_in(device, dtype, width)) for _ in range(2)]
-    assert {kernel.name for kernel in kernels} == {name}
-    assert [record.getMessage() for record in caplog.records] == [
-        f"merged attention is computed by {name}: {kernels[0].reason}"
-    ]
+def test_where_there_is_no_kernel_the_reason_is_said(device, dtype, width, reason):
+    found = no_kernel(torch.device(device), dtype, width)
+    assert found is None if reason is None else reason in found
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.float64), ("mps", torch.float32)])
-def test_where_there_is_no_kernel_a_sentence_names_another_way(device, dtype):
-    with pytest.raises(ValueError, match=f"no kernel for {dtype} on '{device}': load .* attn_implementation='sdpa'"):
-        choose_kernel(stand_in(device, dtype, 64))
+def test_keys_and_values_of_two_widths_are_refused_in_a_sentence():
+    query, key, value = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"keys have the width 8, values 4.*attn_implementation='sdpa'"):
+        segment_attention(query, key, value, torch.zeros(1, 1, 0, 7, dtype=torch.int64), 1.0)
 
 
-def stand_in(device, dtype, width):
-    """For a tensor on a device that this machine lacks."""
-    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 2, 8, width))
-
-
-@pytest.mark.parametrize("implementation", ["merged", "auto"])
+@pytest.mark.parametrize("implementation", ["segments", "auto"])
 def test_a_training_step_holds_nothing_of_length_by_length(implementation):
     """Guard, layout, plan, rotary embeddings and all: the largest allocation is smaller than a boolean mask."""
     length, answer = 2048, 1900
@@ -266,8 +256,8 @@ def test_a_training_step_holds_nothing_of_length_by_length(implementation):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_no_mask_is_made_on_the_way_to_merged_attention(device):
-    model, inputs = build("merged").to(device), {name: x.to(device) for name, x in batch("right").items()}
+def test_no_mask_is_made_on_the_way_to_segments(device):
+    model, inputs = build("segments").to(device), {name: x.to(device) for name, x in batch("right").items()}
     seen = []
     hook = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
@@ -276,5 +266,5 @@ def test_no_mask_is_made_on_the_way_to_merged_attention(device):
         model(**inputs)
     hook.remove()
     assert seen[0].dtype == torch.int64
-    squares, rectangles = 3, 1 + (2 + 1)
-    assert seen[0].shape == (1, 1, squares + rectangles, 7)
+    # Row by row: before, at and behind its pictures; two pictures with text between them; text alone.
+    assert [segment.row for segment in decode(seen[0])] == [0, 0, 0, 1, 1, 1, 1, 1, 2]

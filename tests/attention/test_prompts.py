@@ -211,3 +211,40 @@ def test_a_wrapped_collator_learns_answers_only(collator):
 def test_an_answer_that_was_cut_off_is_an_error(collator):
     with pytest.raises(ValueError, match="no answer was found"):
         collator([["how many"]])
+
+
+QUOTES = {
+    "llava": "The log says USER: is ASSISTANT: a digit. what is there?",
+    "no end": "The log says ### Human: is ### Assistant: a digit. what is there?",
+}
+
+
+@pytest.mark.parametrize("template", QUOTES)
+def test_28_a_question_that_quotes_the_mark_of_answers(tokenizer, template):
+    """Issue 12, entry 28: the messages decide; ids alone are refused, because part of the question was learned."""
+    tokenizer.chat_template = TEMPLATES[template]
+    chat = [QUOTES[template], f"is there? {QUOTES[template]}", "how many", "a digit"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(chat)]
+    writer = aki.write_prompt_blocks(tokenizer)
+    batch = writer.apply_chat_template([messages], tokenize=True, return_dict=True, return_tensors="pt")
+    ids, blocks = batch["input_ids"][0], batch["prompt_block_ids"][0]
+    answers = [decoded(tokenizer, ids[run]).replace("</s>", "").strip() for run in runs(blocks < 0)]
+    assert [answer.replace(" ", "") for answer in answers] == [chat[1].replace(" ", ""), "adigit"]
+    with pytest.raises(ValueError, match="row 0 has more answers than questions"):
+        AnswerMarks.of(tokenizer).blocks(batch["input_ids"])
+
+    def collate(samples):
+        batch = tokenizer(["".join(rendered(tokenizer, chat))], add_special_tokens=False, return_tensors="pt")
+        return {**batch, "labels": batch["input_ids"].clone()}
+
+    wrapped = aki.write_prompt_blocks(collate, tokenizer)
+    assert torch.equal(wrapped([{"messages": messages}])["prompt_block_ids"][0], blocks)
+    assert torch.equal(wrapped([{"prompt": messages[:3], "completion": messages[3:]}])["prompt_block_ids"][0], blocks)
+    with pytest.raises(ValueError, match="more answers than questions"):
+        wrapped([chat])
+
+
+def test_29_an_answer_that_was_cut_off_beside_a_whole_one_is_the_same_error(collator):
+    """Issue 12, entry 29: the row was not learned, without a word."""
+    with pytest.raises(ValueError, match="no answer was found in row 1 of 2"):
+        collator([["how many", "a red digit"], ["how many"]])

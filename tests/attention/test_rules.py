@@ -5,6 +5,7 @@ from hypothesis import given, settings
 
 from aki.attention import RULES, Rule, dense_mask, get_rule
 from aki.attention.rules import ring_positions
+from aki.attention.segments import far
 from aki.layout import SequenceLayout, build_layout, grid_rings
 
 every_rule = pytest.mark.parametrize("name", oracle.NAMES)
@@ -22,9 +23,9 @@ def test_a_rule_is_the_designs_rule_everywhere(name, batch):
 @settings(max_examples=100)
 def test_far_is_the_last_that_is_seen(name, batch):
     layout = batch.layout
-    far = get_rule(name).far(layout)
-    assert far.shape == layout.shape
-    for row, visible, found in zip(batch.rows, oracle.masks(name, batch.rows).tolist(), far.tolist(), strict=True):
+    last = far(get_rule(name), layout)
+    assert last.shape == layout.shape
+    for row, visible, found in zip(batch.rows, oracle.masks(name, batch.rows).tolist(), last.tolist(), strict=True):
         for q, token in enumerate(row):
             if not token.is_padding:
                 assert found[q] == max(k for k in range(len(row)) if visible[q][k])

@@ -12,6 +12,7 @@ import aki
 from aki import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.attention import check_no_leak, dense_mask, get_rule, reach
 from aki.attention.guard import LeakError
+from aki.attention.segments import far
 from aki.data.tokenizer import train_tokenizer
 from aki.layout import END_SCOPE_TOKEN, IMAGE, SCOPE_TOKEN, VIDEO, build_layout
 from aki.models.templates import SHORT
@@ -91,7 +92,7 @@ def test_far_is_the_last_that_the_mask_shows(drawn):
     mask = dense_mask(SCOPED, layout)
     position = torch.arange(mask.shape[-1])
     last = torch.where(mask, position, -1).amax(-1)
-    assert torch.equal(SCOPED.far(layout), last)
+    assert torch.equal(far(SCOPED, layout), last)
     assert torch.equal(reach(SCOPED, layout), last.cummax(1).values)
 
 
@@ -101,7 +102,7 @@ def test_one_scope_is_mma(drawn):
     plain = [[9 if token in (OPEN, CLOSE) else token for token in row] for row, _ in drawn]
     for layout in (layout_of(plain, prompt_block_ids=blocks), layout_of(plain, False, prompt_block_ids=blocks)):
         assert torch.equal(dense_mask(SCOPED, layout), dense_mask(MMA, layout))
-        assert torch.equal(SCOPED.far(layout), MMA.far(layout))
+        assert torch.equal(far(SCOPED, layout), far(MMA, layout))
     wrapped = [[OPEN, *row, CLOSE] for row in plain]
     around = torch.nn.functional.pad(blocks, (1, 1), mode="replicate")
     layout = layout_of(wrapped, prompt_block_ids=around)

@@ -53,6 +53,20 @@ def test_trl_with_the_one_line(reader, processor, tmp_path):
     assert all(mask is not None and mask.triu(1).any() for mask in seen), "every step looked ahead"
 
 
+def test_trl_with_packed_rows(reader, processor, tmp_path):
+    """TRL refuses packing for models that read pictures; joined behind its collator, losses are those of padding."""
+    losses = {}
+    for packed in (False, True):
+        torch.manual_seed(0)
+        trainer = sft_trainer(aki.unlock(reader), processor, tmp_path / str(packed), learning_rate=0.0, seed=3)
+        trainer.data_collator = aki.write_prompt_blocks(trainer.data_collator)
+        if packed:
+            trainer.data_collator = aki.pack(trainer.data_collator, reader, row_tokens=500)
+        trainer.train()
+        losses[packed] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+
+
 def test_trl_with_assistant_only_loss(reader, processor, tmp_path):
     """TRL's own switch does as well, where the template has generation tags."""
     trainer = sft_trainer(aki.unlock(reader), processor, tmp_path, assistant_only_loss=True)

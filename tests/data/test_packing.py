@@ -46,7 +46,7 @@ def rows_of(parts, **options) -> PackedRows:
     return PackedRows(data, [collate], **{"row_tokens": 100, "buffer": 20, **options})
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "merged", "auto"])
+@pytest.mark.parametrize("implementation", ["sdpa", "segments", "auto"])
 @pytest.mark.parametrize("rule", ["causal", "mma"])
 def test_losses_of_samples_are_those_that_they_have_unpacked(parts, implementation, rule):
     model, collate, data = parts

@@ -75,12 +75,14 @@ def test_16_zeros_in_the_middle_are_no_end_mark(whole):
     path, _ = whole
     at, data = headers(path), bytearray(path.read_bytes())
     start, end = at["003.jpg"], at["006.jpg"]
-    data[start:end] = bytes(end - start)
-    path.write_bytes(data)
-    good, bad = once(path)
-    assert good == [name for name in NAMES if name not in ("003", "004", "005")]
-    assert len(bad) == 1
-    assert f"bytes {start} to {end} of the tar cannot be read: zeros" in bad[0]
+    for more in (0, 600):  # behind the zeros stands a header, or what is left of a picture
+        data[start : end + more] = bytes(end + more - start)
+        path.write_bytes(data)
+        good, bad = once(path)
+        assert good == [name for name in NAMES if name not in ("003", "004", "005", "006")[: 3 + bool(more)]]
+        assert any(
+            f"bytes {start} to {end if not more else at['006.txt']} of the tar cannot be read" in one for one in bad
+        )
 
 
 def test_16_two_tars_one_behind_the_other_are_both_read(whole, tmp_path):

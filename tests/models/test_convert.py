@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from others import holding
 from phi_tokenizers import SYSTEM_TOKENS
 from PIL import Image
 from published_folders import (
@@ -31,6 +32,7 @@ from transformers import (
 import aki
 from aki.apps.chat import answer, load
 from aki.cli import main
+from aki.files import InUseError
 from aki.models import convert as converting
 from aki.models.checkpoint_files import CheckpointError
 from aki.models.convert import convert
@@ -297,6 +299,18 @@ class TestWholeOrNothing:
         convert(source, tmp_path / "out")
         assert sorted(os.listdir(tmp_path)) == ["out", "source"]
         assert not list((tmp_path / "out").glob("*-of-*"))
+
+    def test_12_10_two_of_one_name(self, source, tmp_path):
+        """Issue 12, entry 10: the second deleted what the first had written so far."""
+        partial = tmp_path / ".out.converting"
+        with holding(partial / ".lock") as other:
+            (partial / "model.safetensors").write_bytes(b"half")
+            with pytest.raises(InUseError, match=rf"output folder .*/out is in use by process {other} on"):
+                convert(source, tmp_path / "out")
+            assert (partial / "model.safetensors").read_bytes() == b"half"
+        convert(source, tmp_path / "out")
+        assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+        assert not list((tmp_path / "out").glob(".*"))
 
     def test_a_folder_that_holds_something_is_left_alone(self, source, tmp_path):
         (tmp_path / "out").mkdir()

@@ -29,7 +29,7 @@ def seen(inputs, rule):
     return who_sees_whom(inputs["input_ids"], inputs["attention_mask"], blocks)[0]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager", "merged", "auto"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "segments", "auto"])
 @pytest.mark.parametrize("rule", ["mma", "causal"])
 def test_rows_sum_to_1_and_hidden_pairs_are_zero(make_model, processor, picture, backend, rule):
     model = make_model(attention_rule=rule)

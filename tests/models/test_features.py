@@ -104,16 +104,16 @@ def test_15_features_whose_bytes_changed_are_computed_again(model, pixels, tmp_p
 
 
 def test_15_two_machines_may_write_the_same_features(model, pixels, tmp_path, monkeypatch):
-    """Issue 12, entry 15: both have a process of this number, and the second writes while the first does."""
+    """Issue 12, entry 15: both have a process of this number, and the second comes before the first has renamed."""
     from aki.models import features
 
     cache, save, inner = FeatureCache(tmp_path, model.model.vision_encoder), features.save_file, []
 
     def both_at_once(tensors, path, *args):
+        save(tensors, path, *args)
         if not inner:
             inner.append(path)
             cache(pixels, model.patch_features)  # the other machine's, from start to end
-        save(tensors, path, *args)
 
     monkeypatch.setattr(features, "save_file", both_at_once)
     wanted = cache(pixels, model.patch_features)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from aki import AkiForConditionalGeneration, AkiProcessor
 from aki.apps.loading import load
+from aki.evaluation.lmms import load_model
 
 SECONDS = 10
 """Of a busy machine; what is refused would take hours, or all of the memory."""
@@ -26,6 +28,13 @@ def folder(make_model, processor, tmp_path):
 def rewrite(folder, **tensors):
     file = folder / "model.safetensors"
     save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+
+
+SIZES: list[dict[str, Any]] = [
+    {"size": {"height": 1_000_000, "width": 1_000_000}},
+    {"size": {"shortest_edge": 1_000_000}},
+    {"image_seq_length": 1_000_000},
+]
 
 
 def refused(folder, match):
@@ -95,6 +104,17 @@ def test_12_14_templates_without_end(folder, template):
     assert time.perf_counter() - started < 2 * SECONDS
 
 
+@pytest.mark.parametrize("change", SIZES, ids=[" ".join(change) for change in SIZES])
+def test_12_14_a_processor_that_makes_gigabytes_of_a_small_picture(folder, change):
+    config = json.loads((folder / "processor_config.json").read_text())
+    (field,) = change
+    (config if field in config else config["image_processor"])[field] = change[field]
+    (folder / "processor_config.json").write_text(json.dumps(config))
+    for open_it in (AkiProcessor.from_pretrained, load):
+        with pytest.raises(ValueError, match=rf"the processor of .* asks for 1,000,000 \(.*{field}.*\)"):
+            open_it(folder)
+
+
 def test_12_14_a_template_that_says_no_is_no_harm(folder):
     template = "{{ raise_exception('no') }}"
     (folder / "chat_template.jinja").write_text(template)
@@ -103,13 +123,22 @@ def test_12_14_a_template_that_says_no_is_no_harm(folder):
         processor.apply_chat_template([user("what is this ?")], **TOKENIZE)
 
 
-def test_12_14_other_models_too(folder):
+@pytest.mark.parametrize(
+    ("field", "match"),
+    [
+        ("num_hidden_layers", r"asks for 1,000,000 layers \(text_config\.num_hidden_layers\)"),
+        ("intermediate_size", r"describes [\d,]+ parameters, and its weights are [\d,]+ numbers"),
+    ],
+)
+def test_12_14_other_models_too(folder, field, match):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = SiglipVisionConfig(image_size=16, patch_size=8, **sizes)
     config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=400, **sizes))
     LlavaForConditionalGeneration(config).save_pretrained(folder)
+    assert load(folder, unlock=True)
     saved = json.loads((folder / "config.json").read_text())
-    saved["text_config"]["num_hidden_layers"] = 1_000_000
+    saved["text_config"][field] = 1_000_000
     (folder / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match=r"asks for 1,000,000 layers \(text_config\.num_hidden_layers\)"):
-        load(folder, unlock=True)
+    for open_it in (load, lambda folder, unlock: load_model(str(folder), "auto", None, unlock, None)):
+        with pytest.raises(ValueError, match=match):
+            open_it(folder, unlock=True)

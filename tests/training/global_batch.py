@@ -25,7 +25,7 @@ SAMPLES = [(5, 1), (9, 6), (4, 2), (12, 3), (6, 5), (7, 1), (5, 4), (8, 2)]
 """Tokens of the question and of the answer: the answers' lengths differ, so that a mean of means is not the mean."""
 
 
-def build(attention: str = "merged") -> AkiForConditionalGeneration:
+def build(attention: str = "segments") -> AkiForConditionalGeneration:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = SiglipVisionConfig(image_size=8, patch_size=4, **sizes).to_dict()

@@ -59,5 +59,5 @@ def test_ranks(alone, tmp_path, what):
 
 @pytest.mark.slow
 def test_fully_sharded(tmp_path):
-    """FSDP2 with merged attention, documents packed: loss and gradients of one process."""
+    """FSDP2 with attention by segments, documents packed: loss and gradients of one process."""
     assert_same(on_two_ranks("fsdp", tmp_path), global_batch.sharded_step())

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +11,18 @@ import torch
 import yaml
 from fixtures.make import write_sources
 from interrupting import interrupt_before
+from others import holding
+from two_processes import on_two
 
-import aki.files
 from aki.cli import main
+from aki.commands.eval import Eval
+from aki.evaluation import compare
+from aki.evaluation.plan import rows_by_rule
 from aki.files import InUseError
 from aki.models import AkiForConditionalGeneration
 from aki.training import stages
 from aki.training.checkpoint import last_whole_checkpoint, mark_whole
-from aki.training.folder import RunError
+from aki.training.folder import RunError, first_process
 from aki.training.recipe import SourceRecipe, beyond_defaults
 from aki.training.stages import Job, run_stage
 
@@ -157,6 +159,14 @@ def test_9_with_no_whole_checkpoint_left_the_run_says_so(own_data, cut):
         run(own_data, cut, resume=True)
 
 
+def test_9_an_older_versions_mark_is_refused_with_what_to_do(own_data, cut):
+    """It was empty, so nothing tells whether the checkpoint is whole."""
+    for number in (2, 4):
+        (cut / f"training/checkpoint-{number}/WHOLE").write_bytes(b"")
+    with pytest.raises(RunError, match=r"WHOLE does not say .* an older version's.*Choose another --output, or delete"):
+        run(own_data, cut, resume=True)
+
+
 def test_9_all_is_synced_before_the_mark(own_data, tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
@@ -172,27 +182,50 @@ def test_9_all_is_synced_before_the_mark(own_data, tmp_path, monkeypatch):
     assert str(tmp_path / "run/model.safetensors") in synced[:result]
 
 
-OTHER = f"""
-import sys
-from pathlib import Path
-from runpy import run_path
-with run_path({aki.files.__file__!r})["alone"](Path(sys.argv[1]), "it"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
 def test_10_a_folder_is_one_runs_as_long_as_its_process_lives(own_data, tmp_path):
-    lock = tmp_path / "run/training/lock"
-    other = subprocess.Popen(
-        [sys.executable, "-c", OTHER, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(InUseError, match=rf"output folder .*/run is in use by process {other.pid} on"):
+    with (
+        holding(tmp_path / "run/training/lock") as other,
+        pytest.raises(InUseError, match=rf"output folder .*/run is in use by process {other} on"),
+    ):
         run(own_data, tmp_path / "run", resume=True)
-    other.kill()
-    other.communicate()
     assert run(own_data, tmp_path / "run")["losses"]
+
+
+def test_10_all_processes_are_refused_as_the_first_is(own_data, tmp_path):
+    def refused():
+        with pytest.raises(InUseError) as refusal:
+            run(replace(own_data, devices=2), tmp_path / "run")
+        acted = []
+        found = first_process(lambda: acted.append(None) or "by the first")
+        return [found, len(acted), str(refusal.value)]
+
+    with holding(tmp_path / "run/training/lock") as other:
+        ranks = on_two(refused, tmp_path)
+    assert [(found, acted) for found, acted, _ in ranks] == [("by the first", 1), ("by the first", 0)]
+    assert all(f"is in use by process {other} on" in message for *_, message in ranks)
+
+
+def test_10_so_is_a_comparisons(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_compare", lambda *_: "compared")
+    tiny_recipe.rows = rows_by_rule(("causal", "mma"))
+    arguments = (tiny_recipe, tmp_path / "out", ("causal", "mma"), 1, 1)
+    with (
+        holding(tmp_path / "out/cells/lock") as other,
+        pytest.raises(InUseError, match=rf"output folder .*/out is in use by process {other} on"),
+    ):
+        compare.run_comparison(*arguments)
+    assert compare.run_comparison(*arguments) == "compared"
+
+
+def test_10_so_is_an_evaluations(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Eval, "_evaluate", lambda *_: print("evaluated"))
+    command = ["eval", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    with holding(tmp_path / "out/lock") as other, pytest.raises(SystemExit):
+        main(command)
+    said = capsys.readouterr()
+    assert (said.out, "out is in use by process " + str(other) in said.err) == ("", True)
+    main(command)
+    assert capsys.readouterr().out == "evaluated\n"
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -118,7 +118,7 @@ def test_frozen_encoder_with_features_from_disk_trains_the_same(tiny_recipe, tmp
     assert any((tmp_path / "features").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("attention", ["merged", "auto"])
+@pytest.mark.parametrize("attention", ["segments", "auto"])
 def test_bfloat16_autocast_on_the_cpu_follows_float32(tiny_recipe, tmp_path, attention):
     tiny_recipe.attention = attention
     exact, lower = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from aki.attention import dense_mask, get_rule
-from aki.attention.rectangles import mma_rectangles, plan_parts
+from aki.attention.segments import length, segments
 from aki.layout import IMAGE, SequenceLayout, build_layout
 
 
@@ -77,44 +77,42 @@ def draw_masks(rules: list[str], path: Path) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def draw_plan(path: str | Path) -> int:
-    """Draw the calls that compute `mma` without a mask, for two packed documents; returns how many there are."""
+def draw_segments(path: str | Path) -> int:
+    """Draw the attention calls that compute `mma` on one turn, keys in the order in which each is given them.
+
+    Returns:
+        How many there are.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.patches import Polygon, Rectangle
+    from matplotlib.colors import ListedColormap
 
-    first = ["text", *["image"] * 6, *["prompt"] * 3, *["answer"] * 2]
-    names = [*first, *["image"] * 4, "prompt", *["image"] * 4, *["prompt"] * 2, *["answer"] * 2]
-    length = len(names)
-    ids = torch.tensor([[IMAGE if name == "image" else 0 for name in names]])
-    positions = torch.tensor([[*range(len(first)), *range(length - len(first))]])
+    names = ["system", "system", *["picture"] * 5, *["prompt"] * 3, *["answer"] * 3]
+    ids = torch.tensor([[IMAGE if name == "picture" else 0 for name in names]])
     blocks = torch.tensor([[-1 if name == "answer" else 0 for name in names]])
-    layout = build_layout(ids, {IMAGE: IMAGE}, 4, position_ids=positions, prompt_block_ids=blocks)
-    parts = plan_parts(layout, mma_rectangles(layout))
-    figure, axis = plt.subplots(figsize=(6.4, 6.6), layout="constrained")
-    for number, part in enumerate(parts, 1):
-        (top, bottom), (left, right) = part[2:4], part[4:6]
-        if part.is_causal:
-            steps = [(left, top)] + [corner for i in range(right - left) for corner in _stair(left + i, top + i)]
-            axis.add_patch(Polygon([*steps, (left, bottom)], facecolor="#c7d3e3", edgecolor="white"))
-        else:
-            axis.add_patch(Rectangle((left, top), right - left, bottom - top, facecolor="#2b6cb0", edgecolor="white"))
-        where = (left + (right - left) / 3, top + (bottom - top) * 2 / 3) if part.is_causal else None
-        x, y = where or ((left + right) / 2, (top + bottom) / 2)
-        axis.text(x, y, str(number), ha="center", va="center", fontsize=12, color="black" if where else "white")
-    axis.set(xlim=(0, length), ylim=(length, 0), xlabel="is seen", ylabel="sees", aspect="equal")
-    ticks = [position + 0.5 for position in range(length)]
-    axis.set_xticks(ticks, names, rotation=90)
-    axis.set_yticks(ticks, names)
-    axis.tick_params(length=0)
-    axis.set_title("mma on two packed documents: causal squares, and rectangles")
+    found = segments("mma", build_layout(ids, {IMAGE: IMAGE}, 5, prompt_block_ids=blocks))
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(12, 4.2), layout="constrained", width_ratios=[length(s.keys) for s in found]
+    )
+    colours = ListedColormap(["white", "#c7d3e3", "#2b6cb0"])
+    for axis, segment in zip(axes, found, strict=True):
+        queries, keys = ([i for span in spans for i in range(*span)] for spans in (segment.queries, segment.keys))
+        behind = len(keys) - len(queries)
+        shades = [
+            [0 if i > behind + row else 1 + (key > query) for i, key in enumerate(keys)]
+            for row, query in enumerate(queries)
+        ]
+        axis.imshow(shades, cmap=colours, vmin=0, vmax=2)
+        axis.set_xticks(range(len(keys)), [names[key] for key in keys], rotation=90)
+        axis.set_yticks(range(len(queries)), [names[query] for query in queries])
+        axis.set_xticks([x - 0.5 for x in range(1, len(keys))], minor=True)
+        axis.set_yticks([y - 0.5 for y in range(1, len(queries))], minor=True)
+        axis.grid(which="minor", color="white", linewidth=1.5)
+        axis.tick_params(which="both", length=0)
+        axis.set(xlabel="keys, in the kernel's order", ylabel="queries")
+    figure.suptitle("mma on one turn: the same causal kernel, only the order of the picture's keys is another")
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return len(parts)
-
-
-def _stair(x: int, y: int) -> list[tuple[int, int]]:
-    """A step of the diagonal: token x sees itself."""
-    return [(x + 1, y), (x + 1, y + 1)]
+    return len(found)

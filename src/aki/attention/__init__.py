@@ -1,4 +1,4 @@
-"""Which token may see which (`rules`), how it is computed (`backends`), the proof that nothing leaks (`guard`).
+"""Which token may see which (`rules`), which calls that takes (`segments`), the proof that nothing leaks (`guard`).
 
 `unlock` brings all of it to any other model.
 """
@@ -10,6 +10,7 @@ from aki.attention.families import CannotUnlock
 from aki.attention.guard import LeakError, NothingOpensError, check_no_leak, reach
 from aki.attention.prompts import write_prompt_blocks
 from aki.attention.rules import RULES, Rule, get_rule
+from aki.attention.segments import Segment
 from aki.attention.unlock import NothingOpensWarning, lock, unlock
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "NothingOpensError",
     "NothingOpensWarning",
     "Rule",
+    "Segment",
     "check_no_leak",
     "dense_mask",
     "get_rule",

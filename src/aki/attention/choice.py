@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
 
-from aki.attention.kernels import CPU_FLASH
-from aki.attention.rectangles import Part, squares_and_rectangles
-from aki.attention.rules import Rule
+from aki.attention.cpu import TILE, Call, calls
+from aki.attention.kernels import no_kernel
+from aki.attention.segments import Segment, length
+from aki.layout import SequenceLayout
 
-BACKENDS = ("merged", "flex", "auto")
+BACKENDS = ("segments", "auto")
 """Names for `attn_implementation`, beside transformers' own `sdpa` and `eager`, which take a dense mask."""
 
 logger = logging.getLogger(__name__)
@@ -22,14 +25,15 @@ logger = logging.getLogger(__name__)
 class Choice:
     """
     Attributes:
-        backend: `merged`, `flex` or `dense`.
+        backend: `segments`, `dense`, or `none` where the model's own masks do.
     """
 
     backend: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.backend} attention: {self.reason}"
+        name = {"none": "plain"}.get(self.backend, self.backend)
+        return f"{name} attention: {self.reason}"
 
 
 @cache
@@ -38,48 +42,68 @@ def announce(choice: Choice) -> None:
     logger.info("%s", choice)
 
 
-def choose(
-    requested: str,
-    rule: Rule,
-    shape: tuple[int, int],
-    parts: list[Part] | None,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-) -> Choice:
+def unfit(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, batch_length: int) -> str | None:
+    """Why a language model cannot be computed by segments on a batch of this length; None where it can."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "v_head_dim", width) not in (None, width):
+        return "its keys and values have not one width"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it caps its scores, which the kernels cannot"
+    if getattr(config, "attention_dropout", 0.0):
+        return "it drops out scores, which the kernels cannot: set attention_dropout to 0"
+    if not any(sees_everything(config, batch_length).values()):
+        return "the batch is longer than the layers' window"
+    return no_kernel(device, dtype, width)
+
+
+def sees_everything(config: PreTrainedConfig, batch_length: int) -> dict[str, bool]:
+    """For each kind of layer, whether it sees all of a batch of this length; beyond its window it needs a mask."""
+    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        only = (kind for kind, window in windows.items() if getattr(config, window, None) is not None)
+        kinds = [next(only, "full_attention")]
+    # A window that is not set sees nothing for certain.
+    sizes = {kind: getattr(config, windows[kind], None) or 0 for kind in kinds if kind in windows}
+    return {kind: kind == "full_attention" or batch_length <= sizes.get(kind, 0) for kind in kinds}
+
+
+def choose(requested: str, found: tuple[Segment, ...], layout: SequenceLayout, embeds: Tensor, heads: int) -> Choice:
     """The backend for a batch without cached tokens.
 
-    On the CPU `auto` compares costs that were fitted to measurements (`benchmarks/attention.py`). On CUDA it goes by a
-    length that is a guess: nobody has measured it yet.
+    On the CPU `auto` compares costs that were fitted to measurements (`benchmarks/attention.py`). On CUDA it takes
+    segments wherever there is anything to open or to keep apart.
 
     Args:
-        requested: `merged`, `flex` or `auto`.
-        shape: (batch, length).
-        parts: the calls that merged attention would make; None where the rule is not causal plus rectangles.
+        requested: `segments` or `auto`.
+        embeds: (batch, length, width), for dtype and device.
     """
-    if requested == "flex":
-        return Choice("flex", "it was asked for")
-    if parts is None:
-        if device.type == "cuda":
-            return Choice("flex", f"the rule {rule.name!r} is not causal plus rectangles, and CUDA has FlexAttention")
-        return Choice("dense", f"the rule {rule.name!r} is not causal plus rectangles")
-    if requested == "merged":
-        return Choice("merged", "it was asked for")
-    if len(parts) == 1 and parts[0] == (0, shape[0], 0, shape[1], 0, shape[1], 1):
-        return Choice("dense", "the batch is plainly causal, which needs no mask")
-    if device.type == "cuda":
-        if shape[1] >= _CUDA_LENGTH:
-            return Choice("merged", f"the batch is {_CUDA_LENGTH} tokens long or longer")
-        return Choice("dense", f"the batch is shorter than {_CUDA_LENGTH} tokens")
-    merged, dense = merged_cost(parts, heads, dtype), dense_cost(shape, heads)
-    times = f"{merged / dense:.2f} times the dense mask's time"
-    compared = f"merged is expected to take {times} for {shape[0]} x {shape[1]} tokens"
-    return Choice("merged" if merged < _MARGIN * dense else "dense", compared)
+    batch, size = layout.shape
+    if requested == "segments":
+        return Choice("segments", "it was asked for")
+    if len(found) == batch and all(s.queries == s.keys == ((0, size),) and s.is_causal for s in found):
+        return Choice("none", "the batch is plainly causal, which needs no mask")
+    if embeds.device.type != "cpu":
+        return Choice("segments", "it costs what causal attention costs")
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else embeds.dtype
+    ours, dense = cost(calls(found), heads, dtype), float(batch * heads * size * size)
+    compared = (
+        f"segments are expected to take {ours / dense:.2f} times the dense mask's time for {batch} x {size} tokens"
+    )
+    if ours < _MARGIN * dense:
+        return Choice("segments", compared)
+    return Choice("none" if is_causal(found) else "dense", compared)
 
 
-_CUDA_LENGTH = 1024
-"""A guess, not a measurement: the length from which merged should win on CUDA. It waits for a GPU run."""
+def is_causal(found: tuple[Segment, ...]) -> bool:
+    """Whether these are causal attention within documents, so that the language model's own masks will do."""
+    begins: dict[tuple[int, int], int] = {}
+    for segment in found:
+        begin = begins.setdefault(segment[:2], segment.queries[0].start)
+        if not segment.is_causal or segment.keys != ((begin, segment.queries[-1].stop),):
+            return False
+    return True
+
 
 _MARGIN = 0.97
 """Expectations are rough; where they are close, the dense path is the one with fewer surprises."""
@@ -91,23 +115,15 @@ _EXTRA_KEYS = {torch.bfloat16: 128, torch.float16: 128}
 """What a query of a rectangle costs beside its keys, in keys: half precision is converted tile by tile."""
 
 
-def merged_cost(parts: list[Part], heads: int, dtype: torch.dtype) -> float:
-    """Expected time of merged attention on a CPU, in pairs of one head of a dense mask."""
-    tile = CPU_FLASH.masked_length
-    squares, rectangles = squares_and_rectangles(parts, tile)
+def cost(made: tuple[Call, ...], heads: int, dtype: torch.dtype) -> float:
+    """Expected time on a CPU, in pairs of one head of a dense mask."""
     total = 0.0
-    for square, _ in squares:
-        length = square.stop_query - square.first_query
-        # Whole tiles ahead of the diagonal are skipped.
-        pairs = length * length - max(0, length - tile) * length / 2
-        total += (square.stop_row - square.first_row) * heads * pairs + _CALL
-    for part in rectangles:
-        keys = part.stop_key - part.first_key + _EXTRA_KEYS.get(dtype, 0)
-        total += (part.stop_row - part.first_row) * heads * (part.stop_query - part.first_query) * keys + _CALL
+    for call in made:
+        queries, keys = length(call.queries), length(call.keys)
+        if call.shape is False:
+            pairs: float = queries * (keys + _EXTRA_KEYS.get(dtype, 0))
+        else:
+            # Whole tiles ahead of the diagonal are skipped.
+            pairs = queries * queries - max(0, queries - TILE) * queries / 2
+        total += (call.rows.stop - call.rows.start) * heads * pairs + _CALL
     return total
-
-
-def dense_cost(shape: tuple[int, int], heads: int) -> float:
-    """Expected time of a dense mask on a CPU: every pair, allowed or not."""
-    batch, length = shape
-    return float(batch * heads * length * length)

@@ -1,9 +1,9 @@
 """The leak guard: refuses a batch in which a token is learned from its own future.
 
-Row q is supervised when labels[q + 1] is a label, also where it is padding: what the loss trains decides. It leaks when what q sees, directly or through other tokens over any
-number of layers, reaches past q. With a rule that contains causal attention it does so exactly where the running
-maximum of `far` within the document does: the first step past q is taken from a token at or before q, and q sees all of
-those. So the guard needs no mask and is linear in the batch.
+Row q is supervised when labels[q + 1] is a label, also where it is padding: what the loss trains decides. It leaks when
+what q sees, directly or through other tokens over any number of layers, reaches past q. With a rule that contains
+causal attention it does so exactly where the running maximum of `far` within the document does: the first step past q
+is taken from a token at or before q, and q sees all of those. So the guard needs no mask and is linear in the batch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aki.attention.rules import Rule
+from aki.attention.segments import far
 from aki.layout import IGNORE_INDEX, SequenceLayout
 
 CHOOSE_CAUSAL = "attention_rule='causal'"
@@ -33,7 +34,7 @@ def reach(rule: Rule, layout: SequenceLayout) -> Tensor:
     not contain causal attention, it may also be past a token that does not.
     """
     # Documents stand one behind the other and far stays inside each, so no maximum crosses into the next.
-    return rule.far(layout).cummax(1).values
+    return far(rule, layout).cummax(1).values
 
 
 def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
@@ -64,9 +65,9 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
 
 def _leak_message(rule: Rule, layout: SequenceLayout, leaks: Tensor) -> str:
     row, q = (int(i) for i in leaks.nonzero()[0])
-    far = rule.far(layout)[row]
-    through = int((far[: q + 1] > q).nonzero()[0])
-    seen = int(far[through])
+    last = far(rule, layout)[row]
+    through = int((last[: q + 1] > q).nonzero()[0])
+    seen = int(last[through])
     kind = "media token" if bool(layout.is_media[row, through]) else "token"
     return (
         f"the rule {rule.name!r} leaks in row {row}: position {q} is trained to predict token {q + 1}, but it sees the "

@@ -1,231 +1,111 @@
-"""The fused attention kernels that merged attention is made of: forward with log-sum-exp, and the matching backward.
-
-Every kernel takes query (batch, heads, queries, width) and key, value (batch, key heads, keys, width), none of them
-empty, and returns the output with the log-sum-exp (batch, heads, queries) of the scaled scores, natural logarithm. Its
-backward takes any output and log-sum-exp, so also those of a softmax over more keys than these.
-"""
+"""Attention by segments, as one operator for every device: the plan of a batch says which calls compute it."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
-Gradients = tuple[Tensor, Tensor, Tensor]
-Shape = bool | Tensor
-"""Which pairs a call computes: True is the causal ones of a square, False is all, a tensor is added to the scores."""
+from aki.attention import cpu, varlen
+from aki.attention.segments import Segment, decode
 
 
-@dataclass(frozen=True)
-class Varlen:
-    """A kernel for sequences of several lengths, their tokens one behind the other.
+def no_kernel(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why there is no fused kernel for these tensors; None where there is one.
 
-    Attributes:
-        forward: (query (queries, heads, width), key, value (keys, key heads, width), where sequences begin in queries
-            and in keys (sequences + 1,) int32, the longest of both, causal, scale) -> (output, log-sum-exp (heads,
-            queries) float32).
-        backward: (grad_output, query, key, value, output, log-sum-exp, and as above) -> gradients of the three.
+    Args:
+        width: of a head.
     """
-
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., Gradients]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """
-    Attributes:
-        reason: why it is the one for these tensors.
-        forward: (query, key, value, shape, scale) -> (output, log-sum-exp).
-        backward: (grad_output, query, key, value, output, log-sum-exp, shape, scale) -> gradients of the three.
-        masked_length: up to how many tokens a square with an additive mask costs no more than a causal one; 0 where the
-            kernel takes no masks.
-        varlen: the same for many sequences at once, where there is such a form.
-    """
-
-    name: str
-    reason: str
-    forward: Callable[[Tensor, Tensor, Tensor, Shape, float], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Shape, float], Gradients]
-    masked_length: int = 0
-    varlen: Varlen | None = None
+    if device.type in ("cpu", "meta"):
+        return None
+    if device.type != "cuda":
+        return f"there is no kernel for {device.type!r}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"FlashAttention takes half precision, and this is {dtype}"
+    return None if width % 8 == 0 and width <= 256 else f"FlashAttention takes no heads of width {width}"
 
 
-def choose_kernel(query: Tensor) -> Kernel:
-    """The kernel for this device, dtype and head width; logs it with the reason, the first time.
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float) -> Tensor:
+    """Attention over the pairs that a plan names; differentiable once.
+
+    Args:
+        query: (batch, heads, queries, width); float64, float32, bfloat16 or float16 on the CPU, the last two on CUDA.
+        key, value: (batch, key heads, keys, width); heads is a multiple of key heads. Keys beyond the queries (room in
+            a static cache) are not seen.
+        plan: (1, 1, spans, 7) int64 from `aki.attention.segments.encode`.
+        scale: of the scores, before the softmax.
+
+    Returns:
+        (batch, heads, queries, width); zero for queries in no segment (padding).
 
     Raises:
-        ValueError: there is none.
+        ValueError: value has another width than key, or there is no kernel for these tensors.
     """
-    device, width = query.device.type, query.shape[-1]
-    if device == "cpu":
-        kernel = CPU_FLASH
-    elif device == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256:
-        kernel = CUDA_FLASH
-    elif device == "cuda" and query.dtype != torch.float64:
-        kernel = CUDA_EFFICIENT
-    else:
-        raise ValueError(
-            f"merged attention has no kernel for {query.dtype} on {device!r}: load the language model with "
-            "attn_implementation='sdpa'."
-        )
-    _announce(kernel)
-    return kernel
+    reason = no_kernel(query.device, query.dtype, query.shape[-1])
+    if value.shape[-1] != key.shape[-1]:
+        reason = f"keys have the width {key.shape[-1]}, values {value.shape[-1]}"
+    if reason is not None:
+        raise ValueError(f"attention by segments: {reason}. Load the model with attn_implementation='sdpa'.")
+    return _attend(query, key, value, plan, scale)[0]
 
 
-@cache
-def _announce(kernel: Kernel) -> None:
-    logger.info("merged attention is computed by %s: %s", kernel.name, kernel.reason)
+@torch.library.custom_op("aki::segment_attention", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    query, key, value = (_rows_contiguous(x) for x in (query, key, value))
+    if _is_cpu(query):
+        return cpu.forward(query, key, value, cpu.calls(_segments(plan)), scale)
+    return varlen.forward(varlen.FLASH, query, key, value, _segments(plan), scale)
 
 
-def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, shape: Shape, scale: float) -> tuple[Tensor, Tensor]:
-    mask = shape if isinstance(shape, Tensor) else None
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, shape is True, attn_mask=mask, scale=scale
-    )
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return cpu.empty_result(query)
 
 
-def _cpu_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, shape: Shape, scale: float
-) -> Gradients:
-    mask = shape if isinstance(shape, Tensor) else None
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, lse, 0.0, shape is True, attn_mask=mask, scale=scale
-    )
+@torch.library.custom_op("aki::segment_attention_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, plan: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, query, key, value = (_rows_contiguous(x) for x in (grad, query, key, value))
+    if _is_cpu(query):
+        return cpu.backward(grad, query, key, value, out, lse, cpu.calls(_segments(plan)), scale)
+    return varlen.backward(varlen.FLASH, grad, query, key, value, out, lse, _segments(plan), scale)
 
 
-def _flash_forward(query: Tensor, key: Tensor, value: Tensor, shape: Shape, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *(_tokens_first(x) for x in (query, key, value)),
-        None,
-        None,
-        query.shape[2],
-        key.shape[2],
-        0.0,
-        shape is True,
-        False,
-        scale=scale,
-    )
-    return out.transpose(1, 2), lse
+@_attend_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, plan: Tensor, scale: float):
+    return tuple(cpu.tokens_first_like(x) for x in (query, key, value))
 
 
-def _flash_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, shape: Shape, scale: float
-) -> Gradients:
-    # Only dropout reads the random state.
-    unused = torch.empty(0, dtype=torch.uint64, device=query.device)
-    gradients = torch.ops.aten._flash_attention_backward(
-        *(_tokens_first(x) for x in (grad, query, key, value, out)),
-        lse.contiguous(),
-        None,
-        None,
-        query.shape[2],
-        key.shape[2],
-        0.0,
-        shape is True,
-        unused,
-        unused,
-        scale=scale,
-    )
-    query_gradient, key_gradient, value_gradient = (gradient.transpose(1, 2) for gradient in gradients)
-    return query_gradient, key_gradient, value_gradient
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, plan, scale = inputs
+    ctx.save_for_backward(query, key, value, *output, plan)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
 
 
-def _flash_varlen_forward(
-    query: Tensor, key: Tensor, value: Tensor, query_edges: Tensor, key_edges: Tensor,
-    longest_query: int, longest_key: int, is_causal: bool, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As torch.nn.attention.varlen calls the operator."""
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, query_edges, key_edges, longest_query, longest_key, 0.0, is_causal, False, scale=scale
-    )
-    return out, lse
+def _backward(ctx, grad: Tensor, grad_lse: Tensor | None):
+    query, key, value, out, lse, plan = ctx.saved_tensors
+    return *_attend_backward(grad, query, key, value, out, lse, plan, ctx.scale), None, None
 
 
-def _flash_varlen_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, query_edges: Tensor,
-    key_edges: Tensor, longest_query: int, longest_key: int, is_causal: bool, scale: float,
-) -> Gradients:  # fmt: skip
-    # Only dropout reads the random state.
-    state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    unused = torch.empty(0, device=query.device)
-    return torch.ops.aten._flash_attention_backward(
-        grad, query, key, value, out, lse, query_edges, key_edges, longest_query, longest_key, 0.0, is_causal, state,
-        unused, scale=scale,
-    )  # fmt: skip
+_attend.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, shape: Shape, scale: float) -> tuple[Tensor, Tensor]:
-    key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, None, True, 0.0, shape is True, scale=scale
-    )
-    # The kernel pads the queries of the log-sum-exp to a multiple of its tile.
-    return out, lse[..., : query.shape[2]]
+def _segments(plan: Tensor) -> tuple[Segment, ...]:
+    """Decoded once for all layers that compute the same batch."""
+    return _decoded(plan.cpu().numpy().tobytes())
 
 
-def _efficient_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, shape: Shape, scale: float
-) -> Gradients:
-    groups = key.shape[1]
-    repeated_key, repeated_value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
-    # Only dropout reads the random state.
-    unused = torch.zeros((), dtype=torch.int64, device=query.device)
-    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % _EFFICIENT_TILE), value=torch.inf)
-    query_gradient, key_gradient, value_gradient, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        grad,
-        query,
-        repeated_key,
-        repeated_value,
-        None,
-        out,
-        padded,
-        unused,
-        unused,
-        0.0,
-        [True, True, True, False],
-        shape is True,
-        scale=scale,
-    )
-    key_gradient, value_gradient = (x.unflatten(1, (groups, -1)).sum(2) for x in (key_gradient, value_gradient))
-    return query_gradient, key_gradient, value_gradient
+@lru_cache(maxsize=8)
+def _decoded(content: bytes) -> tuple[Segment, ...]:
+    return tuple(decode(torch.frombuffer(bytearray(content), dtype=torch.int64))) if content else ()
 
 
-_EFFICIENT_TILE = 32
+def _is_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
-def _tokens_first(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)
-
-
-def _repeat_heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-CPU_FLASH = Kernel(
-    "aten flash, CPU",
-    "the only fused kernel of the CPU that returns its log-sum-exp",
-    _cpu_forward,
-    _cpu_backward,
-    # It takes keys in blocks of 512 and skips whole blocks only.
-    masked_length=512,
-)
-CUDA_FLASH = Kernel(
-    "aten flash, CUDA",
-    "half precision, and heads of a width that flash attention takes",
-    _flash_forward,
-    _flash_backward,
-    varlen=Varlen(_flash_varlen_forward, _flash_varlen_backward),
-)
-CUDA_EFFICIENT = Kernel(
-    "aten efficient, CUDA",
-    "float32, or heads of a width that flash attention refuses",
-    _efficient_forward,
-    _efficient_backward,
-)
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

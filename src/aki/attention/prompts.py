@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -13,6 +13,9 @@ from transformers import ProcessorMixin
 
 from aki.attention.scopes import check_scopes, write_scopes
 from aki.layout import IGNORE_INDEX, number_runs
+
+Chat = Sequence[Mapping[str, Any]]
+"""Messages, each with its role and content."""
 
 _WORDS = ("alpha", "beta", "gamma", "delta")
 _BLANKS = "Ġ▁Ċ \n"
@@ -83,28 +86,73 @@ class AnswerMarks:
         after = ending if ending.strip(_BLANKS) else next_question
         return cls(tokenizer, before, after, len(ending), last)
 
-    def blocks(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def blocks(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, chats: Sequence[Chat] | None = None
+    ) -> Tensor:
         """`prompt_block_ids` of shape (batch, length): 0, 1, ... for the prompts between answers, -1 elsewhere.
 
         Args:
             input_ids: (batch, length).
             attention_mask: (batch, length), 0 is padding.
+            chats: the messages of each row, which tell the template's marks from those that a message quotes.
+
+        Raises:
+            ValueError: there are more answers than the chat has, or, without chats, than there are questions.
         """
-        answers = torch.tensor([self._answers(row) for row in input_ids.tolist()], dtype=torch.bool)
+        rows = input_ids.tolist()
+        told: Sequence[Chat | None] = [None] * len(rows) if chats is None else chats
+        answers = torch.tensor(
+            [self._answers(row, number, chat) for number, (row, chat) in enumerate(zip(rows, told, strict=True))],
+            dtype=torch.bool,
+        )
         prompt = ~answers.to(input_ids.device)
         return number_runs(prompt if attention_mask is None else prompt & attention_mask.bool())
 
-    def _answers(self, ids: list[int]) -> list[bool]:
+    def _answers(self, ids: list[int], row: int, chat: Chat | None) -> list[bool]:
         text, ends = _join(self.tokenizer, ids)
-        spans, found = [], text.find(self.before)
-        while found >= 0:
-            start = found + len(self.before)
-            after = text.find(self.after, start)
-            kept = len(self.last) if text.startswith(self.last, after) else self.kept
-            spans.append((start, len(text) if after < 0 else after + kept))
-            found = -1 if after < 0 else text.find(self.before, after)
+        spans, place = self._spans_of(text, chat or [])
+        whole = chat is not None and len(chat) > 0 and chat[-1]["role"] == "assistant"
+        rest = text.find(self.before, place)
+        while rest >= 0:
+            start = rest + len(self.before)
+            stop = self._end(text, start)
+            # What the chat does not account for is the prompt of one more answer, or a text that quotes the mark.
+            if whole or text.find(self.before, start, len(text) if chat else stop) >= 0:
+                raise ValueError(
+                    f"row {row} has more answers than {'questions' if chat is None else 'its chat'}: {self.before!r} "
+                    "begins an answer, and a text quotes it. Pass the messages, which decide (apply_chat_template, or "
+                    "samples with `messages`), write prompt_block_ids yourself, or leave the sample out."
+                )
+            spans.append((start, stop))
+            rest = text.find(self.before, stop)
         starts = [0, *ends[:-1]]
         return [any(b < stop and e > start for start, stop in spans) for b, e in zip(starts, ends, strict=True)]
+
+    def _spans_of(self, text: str, chat: Chat) -> tuple[list[tuple[int, int]], int]:
+        """Where the answers of a chat stand, and where it ends; marks that messages quote are passed over."""
+        spans, place = list[tuple[int, int]](), 0
+        for message in chat:
+            said = _join(self.tokenizer, self.tokenizer(_said(message), add_special_tokens=False)["input_ids"])[0]
+            if message["role"] != "assistant":
+                for _ in range(said.count(self.before)):
+                    place = max(text.find(self.before, place) + len(self.before), place)
+                continue
+            found = text.find(self.before, place)
+            if found < 0:
+                break  # cut off
+            start = found + len(self.before)
+            place = self._end(text, start, said.count(self.after))
+            spans.append((start, place))
+        return spans, place
+
+    def _end(self, text: str, start: int, quoted: int = 0) -> int:
+        """Where an answer that starts there ends, the marks behind it that belong to it included."""
+        after = text.find(self.after, start)
+        for _ in range(quoted):
+            after = text.find(self.after, after + 1) if after >= 0 else after
+        if after < 0:
+            return len(text)
+        return after + (len(self.last) if text.startswith(self.last, after) else self.kept)
 
 
 class PromptBlockWriter:
@@ -121,11 +169,14 @@ class PromptBlockWriter:
         self.marks = AnswerMarks.of(processor)
 
     def __call__(self, *args, **kwargs) -> Any:
-        return self._write(self.wrapped(*args, **kwargs))
+        chats = _chats(args[0]) if args else None  # before the collator changes its samples
+        return self._write(self.wrapped(*args, **kwargs), chats)
 
     def apply_chat_template(self, conversation: Any, *args, **kwargs) -> Any:
         conversation = _with_scopes_written(conversation, self.wrapped)
-        return self._write(self.wrapped.apply_chat_template(conversation, *args, **kwargs))
+        batched = bool(conversation) and isinstance(conversation[0], list | tuple)
+        written = self.wrapped.apply_chat_template(conversation, *args, **kwargs)
+        return self._write(written, conversation if batched else [conversation])
 
     @property
     def media_token_ids(self) -> list[int]:
@@ -139,20 +190,21 @@ class PromptBlockWriter:
             raise AttributeError(name)
         return getattr(self.wrapped, name)
 
-    def _write(self, batch: Any) -> Any:
+    def _write(self, batch: Any, chats: Sequence[Chat] | None) -> Any:
         if not isinstance(batch, MutableMapping) or not isinstance(batch.get("input_ids"), Tensor):
             return batch
         ids, attention = batch["input_ids"], batch.get("attention_mask")
-        blocks = self.marks.blocks(ids, attention)
+        blocks = self.marks.blocks(ids, attention, chats if chats is not None and len(chats) == len(ids) else None)
         real = torch.ones_like(ids).bool() if attention is None else attention.bool()
         labels = batch.get("labels")
-        if not bool(((blocks < 0) & real).any()):
-            if labels is not None:
-                raise ValueError(
-                    f"no answer was found in this batch: the chat template writes {self.marks.before!r} before an "
-                    "answer, which does not stand in input_ids. Was the chat cut off by max_length, or written by "
-                    "another template?"
-                )
+        answered = ((blocks < 0) & real).any(1)
+        if labels is not None and not bool(answered.all()):
+            raise ValueError(
+                f"no answer was found in row {int((~answered).nonzero()[0])} of {len(ids)}: the chat template writes "
+                f"{self.marks.before!r} before an answer, which does not stand in its input_ids, or nothing behind it. "
+                "Was the chat cut off by max_length, or written by another template?"
+            )
+        if not bool(answered.any()):
             # A prompt without answers is one block, which is what a rule takes it for.
             return batch
         batch["prompt_block_ids"] = blocks
@@ -182,6 +234,23 @@ def write_prompt_blocks(processor_or_collator: Any, processor: Any = None) -> Pr
 def _chat(words: tuple[str, ...], as_parts: bool) -> list[dict[str, Any]]:
     contents = [[{"type": "text", "text": word}] if as_parts else word for word in words]
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def _chats(samples: Any) -> list[Chat] | None:
+    """The chats of a collator's samples, where all of them say theirs."""
+    if not isinstance(samples, list | tuple) or not all(isinstance(sample, Mapping) for sample in samples):
+        return None
+    chats = [sample.get("messages") or _joined(sample.get("prompt"), sample.get("completion")) for sample in samples]
+    return [list(chat) for chat in chats if chat] if chats and all(chats) else None
+
+
+def _joined(prompt: Any, completion: Any) -> Chat | None:
+    return [*prompt, *completion] if isinstance(prompt, list) and isinstance(completion, list) else None
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def _renders(processor: Any, as_parts: bool) -> bool:

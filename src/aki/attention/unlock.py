@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from aki.attention.backends import prepare_attention
 from aki.attention.dense import as_boolean, check_takes_masks, is_prepared, language_model_masks
 from aki.attention.families import CannotUnlock, media_token_ids, text_decoder, underlying_model, unwrapped
 from aki.attention.guard import NothingOpensError, check_no_leak
@@ -57,7 +58,7 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
     Raises:
         CannotUnlock: no rule could be laid over this model, and why.
         ValueError: no such rule, one that needs what the processor does not have, no processor but a name, or
-            FlashAttention.
+            FlashAttention in a decoder that does not take its attention from transformers' AttentionInterface.
     """
     if isinstance(processor, str):
         raise ValueError(f"unlock takes a processor there, not {processor!r}: aki.unlock(model, rule={processor!r}).")
@@ -73,7 +74,8 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
             f"the rule {name!r} also numbers the tokens in its own way, which a model that is not AKI's own does not "
             "take: train an AkiForConditionalGeneration with it."
         )
-    check_takes_masks(get_rule(name), decoder.config)
+    if not _takes_segments(decoder):
+        check_takes_masks(get_rule(name), decoder.config)
     state = _Unlocked(get_rule(name), media_token_ids(base.config, processor), decoder, marks, scopes)
     lock(model)
     state.attach(base)
@@ -135,7 +137,7 @@ class _Unlocked:
         self,
         rule: Rule,
         media_token_ids: dict[int, int],
-        decoder: nn.Module,
+        decoder: Any,
         marks: AnswerMarks | None,
         scope_token_ids: list[int] | None,
     ):
@@ -143,6 +145,8 @@ class _Unlocked:
         self.marks, self.scope_token_ids = marks, scope_token_ids
         self.handles: list[Any] = []
         self.call = _Call()
+        self.locked_attention = decoder.config._attn_implementation
+        self.has_own_masks = False
 
     def attach(self, model: PreTrainedModel) -> None:
         """Whichever of the model and the model inside it is called first describes the call."""
@@ -150,9 +154,15 @@ class _Unlocked:
             self.handles.append(module.register_forward_pre_hook(self.before_model, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self.after_model, always_call=True))
         self.handles.append(self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
+        self.has_own_masks = "create_masks_for_generate" in vars(type(model))
+        if _takes_segments(self.decoder):
+            # By segments where the rule opens something, and as sdpa everywhere else.
+            self.locked_attention = self.decoder.config._attn_implementation
+            self.decoder.config._attn_implementation = "auto"
         _forget_compiled()
 
     def detach(self) -> None:
+        self.decoder.config._attn_implementation = self.locked_attention
         for handle in self.handles:
             handle.remove()
         _forget_compiled()
@@ -164,7 +174,11 @@ class _Unlocked:
         if self.call.called is None:
             self.call.called, self.call.laid = module, False
             names = list(inspect.signature(type(module).forward).parameters)[1:]
-            self.call.layout = self.describe(module, {**dict(zip(names, args, strict=False)), **kwargs}, blocks)
+            inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+            self.call.layout = self.describe(module, inputs, blocks)
+            if _is_packed(inputs):
+                # transformers keeps packed documents apart only where no cache is made.
+                kwargs["use_cache"] = False
         return args, kwargs
 
     @torch.compiler.disable
@@ -253,15 +267,12 @@ class _Unlocked:
                 f"the decoder got {tuple(embeds.shape[:2])} tokens where input_ids had {tuple(layout.shape)}: a "
                 "rule needs one placeholder for every embedding."
             )
-        kwargs["attention_mask"] = language_model_masks(
-            self.rule,
-            layout.to(embeds.device),
-            module.config,
-            embeds,
-            kwargs.get("attention_mask"),
-            given_cache(kwargs),
-            _text_positions(kwargs.get("position_ids")),
-        )
+        mask, cache = kwargs.get("attention_mask"), given_cache(kwargs)
+        described = (module.config, embeds, mask, cache, _text_positions(kwargs.get("position_ids")))
+        if self.has_own_masks or is_prepared(mask):
+            kwargs["attention_mask"] = language_model_masks(self.rule, layout.to(embeds.device), *described)
+        else:
+            kwargs["attention_mask"] = prepare_attention(self.rule, layout, *described)
         return args, kwargs
 
 
@@ -303,6 +314,12 @@ class _GrowingPrompt:
         return same_shape and torch.equal(ids[:, : prompt.shape[1]], prompt)
 
 
+def _takes_segments(decoder: Any) -> bool:
+    """Whether its layers take their attention from transformers' AttentionInterface, and compute it fused."""
+    implementation = str(decoder.config._attn_implementation)
+    return bool(decoder._supports_attention_backend) and (implementation == "sdpa" or "flash" in implementation)
+
+
 def _forget_compiled() -> None:
     """What torch.compile has made of a model doesn't look again at its hooks."""
     torch.compiler.reset()
@@ -326,6 +343,14 @@ def _text_positions(position_ids: Tensor | None) -> Tensor | None:
     if position_ids is None or position_ids.ndim == 2:
         return position_ids
     return position_ids[0] if position_ids.shape[0] == 4 else None
+
+
+def _is_packed(inputs: dict[str, Any]) -> bool:
+    """Whether rows hold several documents, whose positions restart."""
+    positions = _text_positions(inputs.get("position_ids"))
+    if positions is None or inputs.get("attention_mask") is not None or given_cache(inputs) is not None:
+        return False
+    return bool((torch.diff(positions) < 0).any())
 
 
 def _recorded_rule(model: nn.Module, base: PreTrainedModel) -> str | None:

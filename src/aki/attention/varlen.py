@@ -1,131 +1,169 @@
-"""Merged attention over many documents in a few calls: one for all squares, one for all rectangles.
+"""Segments on a GPU: all causal ones of a batch in one call of FlashAttention's varlen form, all full ones in a second.
 
-Kernels for sequences of several lengths take tokens one behind the other, with the places where sequences begin. A call
-a document, as `aki.attention.merged` makes elsewhere, would leave a GPU waiting on packed rows.
+That form takes the tokens of many sequences one behind the other, with the places where sequences begin, and aligns
+its causal mask to the bottom right of each. No query is in two segments, so nothing is merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from aki.attention.kernels import Gradients, Varlen
-from aki.attention.rectangles import Part
+from aki.attention.cpu import empty_result, tokens, tokens_first_like
+from aki.attention.segments import Segment, length
 
 
 @dataclass(frozen=True)
-class Round:
-    """Parts that are computed in one call, because they have no query in common.
+class Kernel:
+    """Attention over sequences of several lengths.
 
     Attributes:
-        queries, keys: (tokens,) int64, which tokens of the batch, rows one behind the other; keys may repeat.
-        query_edges, key_edges: (parts + 1,) int32, where each part begins in those.
-        longest_query, longest_key: tokens of the longest part.
+        forward: (query (queries, heads, width), key, value (keys, key heads, width), edges of the sequences among the
+            queries and among the keys (sequences + 1,) int32, the longest of both, causal, scale) -> (output,
+            log-sum-exp (heads, queries) float32).
+        backward: (grad_output, query, key, value, output, log-sum-exp, and as above) -> gradients of the three.
     """
 
-    queries: Tensor
-    keys: Tensor
-    query_edges: Tensor
-    key_edges: Tensor
-    longest_query: int
-    longest_key: int
-    is_causal: bool
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """
+    Attributes:
+        queries, keys: (tokens,) int64, which tokens of the batch, rows one behind the other; keys may repeat. None is
+            all of them in order.
+        edges: what the kernel takes behind query, key and value, but for the scale.
+    """
+
+    queries: Tensor | None
+    keys: Tensor | None
+    edges: tuple[Tensor, Tensor, int, int, bool]
 
 
 @lru_cache(maxsize=8)
-def make_rounds(parts: tuple[Part, ...], queries: int, keys: int, device: torch.device) -> tuple[Round, ...]:
-    """The squares, then the rectangles; kept for the layers to come, which compute the same batch.
+def calls(found: tuple[Segment, ...], shape: tuple[int, int, int], device: torch.device) -> tuple[Call, ...]:
+    """One call for the causal segments and one for the full ones; kept for the layers to come.
 
     Args:
-        queries, keys: tokens of a row.
+        shape: (batch, queries a row, keys a row).
     """
-    by_row = [part._replace(first_row=row, stop_row=row + 1) for part in parts for row in range(*part[:2])]
-    groups = [[part for part in by_row if part.is_causal]]
-    for part in by_row:
-        if not part.is_causal:
-            place = next((group for group in groups[1:] if not any(_share_queries(part, other) for other in group)), [])
-            if not place:
-                groups.append(place)
-            place.append(part)
-    return tuple(_round(group, queries, keys, device) for group in groups)
+    groups = [[segment for segment in found if segment.is_causal == is_causal] for is_causal in (True, False)]
+    return tuple(_call(group, shape, device) for group in groups if group)
 
 
-def _share_queries(one: Part, other: Part) -> bool:
-    together = one.first_query < other.stop_query and other.first_query < one.stop_query
-    return one.first_row == other.first_row and together
+def _call(found: list[Segment], shape: tuple[int, int, int], device: torch.device) -> Call:
+    batch, query_room, key_room = shape
+    queries, keys = [s.queries for s in found], [s.keys for s in found]
+    rows = [s.row for s in found]
+    edges = (_edges(queries, device), _edges(keys, device), max(map(length, queries)), max(map(length, keys)))
+    sides = ((queries, query_room), (keys, key_room))
+    query_index, key_index = (_index(rows, spans, room, batch * room, device) for spans, room in sides)
+    return Call(query_index, key_index, (*edges, found[0].is_causal))
 
 
-def _round(parts: Sequence[Part], queries: int, keys: int, device: torch.device) -> Round:
-    query_spans = [(part.first_row * queries + part.first_query, part.stop_query - part.first_query) for part in parts]
-    key_spans = [(part.first_row * keys + part.first_key, part.stop_key - part.first_key) for part in parts]
-    (query_index, query_edges), (key_index, key_edges) = (_index(s, device) for s in (query_spans, key_spans))
-    longest_query, longest_key = (max(length for _, length in spans) for spans in (query_spans, key_spans))
-    is_causal = bool(parts[0].is_causal)
-    return Round(query_index, key_index, query_edges, key_edges, longest_query, longest_key, is_causal)
+def _edges(spans: list, device: torch.device) -> Tensor:
+    return _moved(torch.tensor([0, *map(length, spans)]).cumsum(0, dtype=torch.int32), device)
 
 
-def _index(spans: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    tokens = torch.cat([torch.arange(start, start + length) for start, length in spans])
-    edges = torch.tensor([0, *(length for _, length in spans)]).cumsum(0, dtype=torch.int32)
-    return tokens.to(device), edges.to(device)
+def _index(rows: list[int], spans: list, room: int, total: int, device: torch.device) -> Tensor | None:
+    index = torch.cat([row * room + tokens(own) for row, own in zip(rows, spans, strict=True)])
+    return None if torch.equal(index, torch.arange(total)) else _moved(index, device)
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory the host does not wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def forward(
-    kernel: Varlen, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part], scale: float
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, found: tuple[Segment, ...], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output (batch, heads, queries, width) and log-sum-exp (batch, heads, queries), merged in float32."""
-    batch, heads, length, width = query.shape
+    """Output as the query, and log-sum-exp (batch, heads, queries); zero for queries in no segment."""
+    out, lse = empty_result(query)
+    flat_out, flat_lse = _flat(out.zero_()), _flat(lse.zero_())
     flat_query, flat_key, flat_value = (_flat(x) for x in (query, key, value))
-    out = torch.zeros(batch * length, heads, width, dtype=torch.float32, device=query.device)
-    lse = torch.full((batch * length, heads), -torch.inf, dtype=torch.float32, device=query.device)
-    for one in make_rounds(tuple(parts), length, key.shape[2], query.device):
-        more, more_lse = kernel.forward(
-            flat_query[one.queries], flat_key[one.keys], flat_value[one.keys], one.query_edges, one.key_edges,
-            one.longest_query, one.longest_key, one.is_causal, scale,
-        )  # fmt: skip
-        more_lse = more_lse.transpose(0, 1)
-        held = lse[one.queries]
-        out[one.queries] = out[one.queries].lerp(more.float(), torch.sigmoid(more_lse - held)[..., None])
-        lse[one.queries] = torch.logaddexp(held, more_lse)
-    return _unflat(out.to(query.dtype), batch), lse.unflatten(0, (batch, -1)).transpose(1, 2)
+    for call in calls(found, _shape(query, key), query.device):
+        part, part_lse = kernel.forward(
+            _take(flat_query, call.queries),
+            _take(flat_key, call.keys),
+            _take(flat_value, call.keys),
+            *call.edges,
+            scale,
+        )
+        _put(flat_out, call.queries, part)
+        _put(flat_lse, call.queries, part_lse.transpose(0, 1).to(lse.dtype))
+    return out, lse
 
 
 def backward(
-    kernel: Varlen,
+    kernel: Kernel,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    parts: Sequence[Part],
+    found: tuple[Segment, ...],
     scale: float,
-) -> Gradients:
-    """Gradients of the three, in the shapes of the three."""
-    batch, length, keys = query.shape[0], query.shape[2], key.shape[2]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    query_gradient, key_gradient, value_gradient = (tokens_first_like(x).zero_() for x in (query, key, value))
     flat_grad, flat_query, flat_key, flat_value, flat_out = (_flat(x) for x in (grad, query, key, value, out))
-    flat_lse = lse.transpose(1, 2).flatten(0, 1)
-    gradients = [torch.zeros_like(x) for x in (flat_query, flat_key, flat_value)]
-    for one in make_rounds(tuple(parts), length, keys, query.device):
+    flat_lse = _flat(lse)
+    for call in calls(found, _shape(query, key), query.device):
+        own, seen = call.queries, call.keys
         shares = kernel.backward(
-            flat_grad[one.queries], flat_query[one.queries], flat_key[one.keys], flat_value[one.keys],
-            flat_out[one.queries], flat_lse[one.queries].transpose(0, 1).contiguous(), one.query_edges, one.key_edges,
-            one.longest_query, one.longest_key, one.is_causal, scale,
-        )  # fmt: skip
-        for gradient, index, share in zip(gradients, (one.queries, one.keys, one.keys), shares, strict=True):
-            gradient.index_add_(0, index, share)
-    query_gradient, key_gradient, value_gradient = (_unflat(gradient, batch) for gradient in gradients)
+            *(_take(flat_grad, own), _take(flat_query, own), _take(flat_key, seen), _take(flat_value, seen)),
+            *(_take(flat_out, own), _take(flat_lse, own).transpose(0, 1).contiguous(), *call.edges, scale),
+        )
+        _put(_flat(query_gradient), own, shares[0])
+        for gradient, share in ((key_gradient, shares[1]), (value_gradient, shares[2])):
+            _flat(gradient).add_(share) if seen is None else _flat(gradient).index_add_(0, seen, share)
     return query_gradient, key_gradient, value_gradient
 
 
+def _shape(query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    return query.shape[0], query.shape[2], key.shape[2]
+
+
 def _flat(x: Tensor) -> Tensor:
-    """(batch, heads, tokens, width) to (batch * tokens, heads, width)."""
+    """(batch, heads, tokens, ...) to (batch * tokens, heads, ...); a view where tokens come first in memory."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _unflat(x: Tensor, batch: int) -> Tensor:
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+def _take(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x[index]
+
+
+def _put(x: Tensor, index: Tensor | None, values: Tensor) -> None:
+    x.copy_(values) if index is None else x.index_copy_(0, index, values)
+
+
+def _flash_forward(query, key, value, query_edges, key_edges, longest_query, longest_key, is_causal, scale):
+    """As torch.nn.attention.varlen calls the operator; FlashAttention 3 and 4 take its place where torch is told so."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, query_edges, key_edges, longest_query, longest_key, 0.0, is_causal, False, scale=scale
+    )
+    return out, lse
+
+
+def _flash_backward(
+    grad, query, key, value, out, lse, query_edges, key_edges, longest_query, longest_key, is_causal, scale
+):
+    # Only dropout reads the random state.
+    state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    unused = torch.empty(0, device=query.device)
+    return torch.ops.aten._flash_attention_backward(
+        *(grad, query, key, value, out, lse, query_edges, key_edges, longest_query, longest_key),
+        *(0.0, is_causal, state, unused),
+        scale=scale,
+    )
+
+
+FLASH = Kernel(_flash_forward, _flash_backward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +41,9 @@ class Eval:
     unlock: bool = False
     """Lay the rule (or mma) over a model that is not AKI."""
     backend: str | None = None
-    """What computes attention: auto, merged, flex, sdpa or eager."""
+    """What computes attention: auto, segments, sdpa or eager."""
+    engine: Literal["aki", "vllm"] = "aki"
+    """vllm: lmms-eval's own model of that name, where vLLM is installed."""
     limit: int | None = None
     """Rows of each task, for a trial."""
     limit_new_tokens: int | None = None
@@ -53,14 +57,25 @@ class Eval:
         for option, count in (("limit", self.limit), ("limit-new-tokens", self.limit_new_tokens)):
             if count is not None and count < 1:
                 raise ValueError(f"--{option} must be at least 1, it is {count}.")
-        from aki.evaluation.lmms import Aki
+        if self.engine == "vllm" and (self.backend is not None or self.limit_new_tokens is not None):
+            raise ValueError("--backend and --limit-new-tokens are aki's own engine's: leave them out with vllm.")
+        from aki.evaluation.suite import columns
+        from aki.files import alone
+
+        columns(self.suite, self.tasks)  # says what is no task
+        name = self.name or Path(self.model).resolve().name
+        output = self.output or Path("runs/eval") / name
+        # torchrun ends the others when the first is refused.
+        first = int(os.environ.get("RANK", 0)) == 0
+        with alone(output / "lock", f"the output folder {output}") if first else nullcontext():
+            self._evaluate(name, output)
+
+    def _evaluate(self, name: str, output: Path) -> None:
+        from aki.evaluation.lmms import Aki, vllm_model
         from aki.evaluation.run import Evaluation, evaluate
         from aki.evaluation.suite import columns
         from aki.evaluation.tables import summary
 
-        chosen = columns(self.suite, self.tasks)
-        name = self.name or Path(self.model).resolve().name
-        output = self.output or Path("runs/eval") / name
         data = self.data
         if self.suite == "digits":
             from accelerate import PartialState
@@ -71,17 +86,22 @@ class Eval:
             if PartialState().is_main_process:
                 write_scenes(held_out(Path(self.model)), data / "DigitScenes")
             PartialState().wait_for_everyone()
-        model = Aki(
-            self.model,
-            batch_size=self.batch_size,
-            dtype=self.dtype,
-            rule=self.rule,
-            unlock=self.unlock,
-            backend=self.backend,
-            answers=output / "answers",
-            limit_new_tokens=self.limit_new_tokens,
+        rule = self.rule or ("mma" if self.unlock else None)
+        model = (
+            vllm_model(self.model, rule, self.dtype, self.batch_size)
+            if self.engine == "vllm"
+            else Aki(
+                self.model,
+                batch_size=self.batch_size,
+                dtype=self.dtype,
+                rule=self.rule,
+                unlock=self.unlock,
+                backend=self.backend,
+                answers=output / "answers",
+                limit_new_tokens=self.limit_new_tokens,
+            )
         )
-        evaluation = Evaluation(self.suite, chosen, output, data, self.limit, self.seed)
+        evaluation = Evaluation(self.suite, columns(self.suite, self.tasks), output, data, self.limit, self.seed)
         results = evaluate(evaluation, model, name)
         if results is not None:
             beside = f"; beside the paper's: aki table {output}" if self.suite == "paper" else ""

@@ -142,15 +142,15 @@ class _Header(tarfile.TarInfo):
         place = tar.fileobj.tell()
         try:
             header = super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             tar.saw_zeros(place)
             raise
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
             tar.saw_end(place, tar.fileobj.tell(), str(error))
             raise
         except (tarfile.HeaderError, ValueError, ArithmeticError, LookupError) as error:
             tar.saw_damage(place, str(error))
-            raise tarfile.InvalidHeaderError(str(error)) from error
+            raise tarfile.InvalidHeaderError(str(error)) from error  # type: ignore[attr-defined]
         tar.saw_header(place)
         return header
 
@@ -159,6 +159,7 @@ class _Tar(tarfile.TarFile):
     """A tar that is read past what is broken in it, and keeps an account of that."""
 
     tarinfo = _Header
+    members: list[tarfile.TarInfo]
 
     def __init__(self, *args: Any, **options: Any):
         self._losses: list[str] = []
@@ -175,7 +176,7 @@ class _Tar(tarfile.TarFile):
         self._zeros = place if self._zeros is None else self._zeros
 
     def saw_damage(self, place: int, why: str) -> None:
-        self._damage = self._damage or (place, why)
+        self._damage = self._damage or (place if self._zeros is None else self._zeros, why)
         self._zeros = None
 
     def saw_header(self, place: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from aki.evaluation.cells import run_cells
 from aki.evaluation.plan import SEARCH_SEED, Cell, check, plan
 from aki.evaluation.steps import Steps, load_steps, time_missing
-from aki.files import write_json
+from aki.files import alone, write_json
 from aki.models.adapters import has_model
 from aki.training.folder import RunError
 from aki.training.recipe import Recipe
@@ -57,11 +57,16 @@ def run_comparison(recipe: Recipe, output: Path, rows: Sequence[str], seeds: int
         ValueError: a row twice; no seeds.
         CellError: a cell failed; its log is named.
         RunError: the folder holds a cell of another recipe.
+        InUseError: another process compares there.
     """
     if len(set(rows)) < len(rows) or seeds < 1 or parallel < 1:
         raise ValueError("a comparison needs different rows, at least one seed, and at least one training at a time.")
     check(recipe)
-    (output / CELLS).mkdir(parents=True, exist_ok=True)
+    with alone(output / CELLS / "lock", f"the output folder {output}"):
+        return _compare(recipe, output, rows, seeds, parallel)
+
+
+def _compare(recipe: Recipe, output: Path, rows: Sequence[str], seeds: int, parallel: int) -> Comparison:
     _train_missing(_search_cells(recipe, rows), output, parallel)
     rates = _best(_searched(recipe, output, rows))
     _train_missing(plan(recipe, rows, range(recipe.seed, recipe.seed + seeds), rates), output, parallel)

@@ -291,3 +291,17 @@ def _batch_size(asked: int | str, largest: int | None) -> int:
     if not str(asked).isdecimal() or int(asked) < 1:
         raise ValueError(f"batch_size must be a number from 1 up, it is {asked!r}.")
     return min(int(asked), largest or int(asked))
+
+
+def vllm_model(pretrained: str, rule: str | None, dtype: str, batch_size: int) -> lmms:
+    """lmms-eval's own model `vllm_chat`, under a rule over what the folder says.
+
+    Raises:
+        ValueError: vLLM is not installed.
+    """
+    from aki.apps.vllm import check_installed, overrides
+
+    check_installed()
+    from lmms_eval.models.chat.vllm import VLLM
+
+    return VLLM(model=pretrained, batch_size=batch_size, dtype=dtype, hf_overrides=overrides(rule))

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from aki.attention.rules import get_rule
+from aki.compat import CACHE_NAMES
 from aki.layout import AUDIO, IMAGE, VIDEO
 from aki.models.media import Media
 from aki.models.weights import check_depth
@@ -57,7 +58,7 @@ class AkiConfig(PreTrainedConfig):
 
     model_type = "aki"
     # What evaluation does not gather, from all processes and for the whole set.
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference: ClassVar = [*CACHE_NAMES, "image_hidden_states"]
     sub_configs: ClassVar = {
         **dict.fromkeys(("vision_config", "text_config", "video_config", "audio_config"), AutoConfig),
         **dict.fromkeys(("connector_config", "video_connector_config", "audio_connector_config"), AkiConnectorConfig),

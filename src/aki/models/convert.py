@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from aki.files import alone
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.checkpoint_files import INDEX, CheckpointError
 from aki.models.published import PublishedCheckpoint
@@ -26,6 +27,7 @@ SHARD_BYTES = 1 << 30
 """What a written file holds at most, and so what is in memory at a time; less where the source's files are smaller."""
 
 _EMBEDDINGS = "model.language_model.embed_tokens.weight"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def convert(source: str | Path, out: str | Path) -> Converted:
     Raises:
         CheckpointError: the source is not in the published layout, is incomplete, or its tokenizer does not fit;
             `out` holds something.
+        InUseError: another process is writing `out`.
     """
     out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -148,10 +151,16 @@ def _three(published: PublishedCheckpoint, name: str) -> list[float]:
 def _whole_or_nothing(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name at the end; what an earlier try left there is deleted."""
     partial = out.with_name(f".{out.name}.converting")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with alone(partial / _LOCK, f"the output folder {out}"):
+        for left in partial.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != _LOCK:
+                left.unlink()
+        try:
+            yield partial
+            partial.rename(out)
+            (out / _LOCK).unlink()
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedConfig
 
 from aki.attention import Rule, prepare_attention
@@ -14,7 +13,7 @@ from aki.attention.backends import takes_prepared
 from aki.compat import CACHE
 from aki.layout import SequenceLayout
 
-Mask = Tensor | BlockMask | dict | None
+Mask = Tensor | dict | None
 
 
 def needs_layout(rule: Rule, config: PreTrainedConfig, shows_media: bool, length: int, cache: Cache | None) -> bool:

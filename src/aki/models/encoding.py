@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
@@ -74,7 +74,7 @@ def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     check_takes_one_input(encoder)
     for name in NEVER_USED.get(encoder.config.model_type, ()):
-        part = encoder
+        part: Any = encoder
         for attribute in name.split("."):
             part = getattr(part, attribute, None)
         if part is not None:
@@ -114,7 +114,7 @@ def patches_of(media: Media, encoded: BaseModelOutput) -> Tensor:
 
 def run_encoder(backbone: Any, media: Media, values: Tensor, **kwargs) -> BaseModelOutput:
     """An encoder's output; a frozen encoder runs without gradient."""
-    encoder: nn.Module = backbone.get_submodule(media.encoder)
+    encoder: Any = backbone.get_submodule(media.encoder)
     learns = any(parameter.requires_grad for parameter in encoder.parameters())
     # It was settled on pictures; where it is, an autocast around the model changes nothing.
     lower = backbone.encoder_dtype if media.modality == IMAGE else None

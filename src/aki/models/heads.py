@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -50,5 +52,5 @@ def check_head(language_model: PreTrainedModel, name: str) -> None:
         )
 
 
-def add_output_bias(head: nn.Linear) -> None:
+def add_output_bias(head: Any) -> None:
     head.bias = nn.Parameter(head.weight.new_zeros(head.out_features))

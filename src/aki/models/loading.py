@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from aki.models.checkpoint_files import has_weights
 from aki.models.configuration import AkiConfig
-from aki.models.weights import check_all_taken, check_complete, check_files, check_finite
+from aki.models.weights import check_all_taken, check_complete, check_files, check_finite, check_total
 
 
 def check_before(kind: type[PreTrainedModel], name: Any, options: dict[str, Any]) -> None:
@@ -27,15 +27,30 @@ def check_before(kind: type[PreTrainedModel], name: Any, options: dict[str, Any]
     """
     elsewhere = any(options.get(option) for option in ("config", "subfolder", "variant", "state_dict", "gguf_file"))
     folder = Path(str(name))
-    # An adapter's folder has neither.
-    whole = (folder / CONFIG_NAME).is_file() and has_weights(folder)
-    if elsewhere or options.get("ignore_mismatched_sizes") or not whole:
+    if elsewhere or options.get("ignore_mismatched_sizes") or not _is_whole(folder):
         return
     config = AkiConfig.from_pretrained(name)
     # Stored as integers of other shapes, which their quantiser knows.
     if getattr(config, "quantization_config", None) is None:
         with torch.device("meta"):
             check_files(folder, kind(config))
+
+
+def check_family_before(name: Any, config: PreTrainedConfig) -> None:
+    """As `check_before`, for a model of another family.
+
+    Raises:
+        ValueError: it is far larger than its weights.
+    """
+    folder = Path(str(name))
+    if _is_whole(folder) and getattr(config, "quantization_config", None) is None:
+        with torch.device("meta"):
+            check_total(folder, AutoModelForImageTextToText.from_config(config))
+
+
+def _is_whole(folder: Path) -> bool:
+    """An adapter's folder has neither."""
+    return (folder / CONFIG_NAME).is_file() and has_weights(folder)
 
 
 def check_loaded(name: Any, model: PreTrainedModel, info: dict[str, Any]) -> None:

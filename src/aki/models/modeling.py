@@ -157,7 +157,11 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         Raises:
             ValueError: media and placeholders do not fit, or the rule cannot be applied.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            found, inputs_embeds = input_ids, self.get_input_embeddings()(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            found = self.named_tokens(inputs_embeds)
+        else:
             raise ValueError("pass either input_ids or inputs_embeds.")
         cache = past_key_values if cache is None else cache
         given = {
@@ -165,9 +169,6 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
             "pixel_values_videos": pixel_values_videos,
             "input_features": input_features,
         }
-        found = self.named_tokens(inputs_embeds) if input_ids is None else input_ids
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
         shown = with_blanks(self, {name: values for name, values in given.items() if values is not None}, cache)
         features = {name: encode_media(self, name, values).pooler_output for name, values in shown.items()}
         embeds = {name: values for name, values in features.items() if given[name] is not None}
@@ -227,7 +228,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
     def __init__(self, config: AkiConfig):
         super().__init__(config)
         self.model = AkiModel(config)
-        self.lm_head = new_head(config.text_config, config.output_bias)
+        self.lm_head: nn.Module = new_head(config.text_config, config.output_bias)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
@@ -306,7 +307,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
     @can_return_tuple
@@ -324,7 +325,6 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         logits_to_keep: int | Tensor = 0,
         pixel_values_videos: Tensor | None = None,
         input_features: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -341,6 +341,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         Raises:
             ValueError: media and placeholders do not fit, or the rule cannot be applied.
         """
+        # Not a parameter by name: a Trainer would look for it among the labels of every batch.
+        shift_labels = kwargs.pop("shift_labels", None)
         if labels is None and shift_labels is not None:
             labels = nn.functional.pad(shift_labels[:, :-1], (1, 0), value=IGNORE_INDEX)
         outputs = self.model(

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, Pr
 from aki.attention.families import text_decoder, underlying_model, unwrapped
 from aki.models.adapters import adapter_of, rule_of_adapter
 from aki.models.configuration import AkiConfig
+from aki.models.loading import check_family_before
 from aki.models.modeling import AkiForConditionalGeneration
 from aki.models.processing import AkiProcessor
 from aki.models.template_limits import check_templates
@@ -69,6 +70,7 @@ def load_any(name: str | Path, dtype: torch.dtype | str = "auto", **options: Any
     closed: dict[str, Any] = {"trust_remote_code": False}
     check_depth(found, name)
     processor = load_other_processor(name)
+    check_family_before(name, AutoConfig.from_pretrained(name, **closed))
     model, info = AutoModelForMultimodalLM.from_pretrained(
         name, use_safetensors=True, dtype=dtype, output_loading_info=True, **closed, **options
     )

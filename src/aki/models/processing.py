@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
+from transformers.audio_utils import AudioInput
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData
+from transformers.tokenization_utils_base import TextInput
 from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.video_utils import VideoInput
 
 from aki.attention.scopes import check_scopes
 from aki.layout import IGNORE_INDEX
@@ -20,6 +25,7 @@ from aki.models.images import open_image
 from aki.models.plain_text import as_text
 from aki.models.template_limits import check_templates
 from aki.models.templates import ANSWER_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN
+from aki.models.weights import check_sizes
 
 
 class AkiProcessor(ProcessorMixin):
@@ -82,13 +88,17 @@ class AkiProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Any:
         """As transformers'.
 
         Raises:
-            ValueError: a chat template that never ends, or fills the memory.
+            ValueError: a chat template that never ends, or fills the memory; sizes that do.
         """
-        processor = super().from_pretrained(*args, **kwargs)
+        name = pretrained_model_name_or_path
+        check_sizes(cls.get_processor_dict(name, **kwargs)[0], name)
+        processor = super().from_pretrained(name, **kwargs)
+        # Older folders keep these in a file of their own.
+        check_sizes(processor.image_processor.to_dict(), name)
         check_templates(processor)
         return processor
 
@@ -124,7 +134,19 @@ class AkiProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        """By this name vLLM asks how many placeholders each image takes, whatever its (height, width)."""
+        images = len(image_sizes or [])
+        return MultiModalData(num_image_tokens=[self.image_seq_length] * images, num_image_patches=[1] * images)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: VideoInput | None = None,
+        audio: AudioInput | None = None,
+        **kwargs,
+    ) -> BatchFeature:
         """Text with a token of its kind once an item, and the items of each kind in order, as model inputs.
 
         Args:
@@ -266,7 +288,7 @@ class AkiProcessor(ProcessorMixin):
 
         def shifted(text: str, character: int) -> int:
             before = text[:character]
-            longer = (before.count(token) * len(token) * (n - 1) for token, n in repeats.items() if token is not None)
+            longer = (before.count(token) * len(token) * (n - 1) for token, n in repeats.items() if token and n)
             return character + sum(longer)
 
         return [
@@ -274,7 +296,7 @@ class AkiProcessor(ProcessorMixin):
             for text, of_one in zip(texts, spans, strict=True)
         ]
 
-    def template(self, name: str | None = None) -> str:
+    def template(self, name: str | None = None) -> str | None:
         """The chat template of that name, or `name` itself, which may be a template; None is the default one."""
         named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         return named.get(name or "default", name)

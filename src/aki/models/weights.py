@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from aki.models.checkpoint_files import CheckpointError, read_headers
 MOST_LAYERS = 1000
 """Of one part; the deepest known models have 126."""
 _LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks)$")
+_MOST = {
+    r"height|width|shortest_edge|longest_edge": 8_192,
+    r".*seq_length|.*frames|feature_size|n_fft|chunk_length": 100_000,
+    "sampling_rate": 1_000_000,
+}
+"""What a processor's numbers are at most, in pixels, tokens, frames, mel bands, samples, seconds and hertz."""
 _SHOWN = 10
 
 
@@ -33,6 +40,45 @@ def check_depth(config: dict[str, Any], name: Any) -> None:
                 f"the config.json of {name} asks for {value:,} layers ({field}): no model has more than "
                 f"{MOST_LAYERS:,}, the file is broken or means harm."
             )
+
+
+def check_sizes(config: dict[str, Any], name: Any) -> None:
+    """Refuse a processor that makes gigabytes of a small picture, clip or prompt.
+
+    Args:
+        config: a processor_config.json, with those of its parts.
+        name: of its folder or hub id, for the message.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for field, value in _numbers(config, ""):
+        for pattern, most in _MOST.items():
+            if value > most and re.fullmatch(pattern, field.rpartition(".")[2]):
+                raise ValueError(
+                    f"the processor of {name} asks for {value:,} ({field}): nothing needs more than {most:,}, its "
+                    "configuration is broken or means harm."
+                )
+
+
+def check_total(folder: Path, model: nn.Module) -> None:
+    """Refuse a model of any family that is far larger than a folder's weights, before any of it is made.
+
+    Names are not compared, because families rename theirs when they load.
+
+    Args:
+        model: on the meta device.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or there are less than half of the numbers.
+    """
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(prod(shape) for shape, _ in read_headers(folder).values())
+    if wanted > 2 * held:
+        raise CheckpointError(
+            f"the config.json in {folder} describes {wanted:,} parameters, and its weights are {held:,} numbers: they "
+            "do not belong together."
+        )
 
 
 def check_files(folder: Path, model: nn.Module) -> None:

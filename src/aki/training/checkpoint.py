@@ -101,4 +101,4 @@ def _read_mark(path: Path) -> Sealed:
         found = json.loads(path.read_bytes())
         return {name: [int(size), str(digest)] for name, (size, digest) in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{path} is no mark of a whole checkpoint") from error
+        raise DamagedError(f"{path} does not say what was written (it is broken, or an older version's)") from error

@@ -12,11 +12,11 @@ from urllib.parse import urlparse
 from aki.attention.prompts import PromptBlockWriter
 from aki.data.collate import ChatCollator
 from aki.data.feed import Feed, Loader, Position
-from aki.data.mixture import Mixture, mixture_weights
+from aki.data.mixture import Mixture, Samples, mixture_weights
 from aki.data.orders import ORDERS, template_in_order
 from aki.data.report import DataReport
 from aki.data.shards import ShardMixture, open_shards
-from aki.data.sources import Source, open_source
+from aki.data.sources import open_source
 from aki.models import AkiProcessor
 from aki.training.recipe import Recipe, RecipeError, SourceRecipe, StageRecipe
 
@@ -52,7 +52,7 @@ def open_samples(
     return Mixture(sources, weights, recipe.seed)
 
 
-def open_sources(recipe: Recipe, sources: Sequence[SourceRecipe], seed: int) -> list[Source]:
+def open_sources(recipe: Recipe, sources: Sequence[SourceRecipe], seed: int) -> list[Samples]:
     """
     Args:
         seed: of what is drawn in a sample.

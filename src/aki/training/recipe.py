@@ -287,7 +287,7 @@ class Recipe:
         seed: of weights, data and everything drawn.
         workers: processes that prepare batches, for each that trains.
         bf16: autocast to bfloat16.
-        attention: what computes the language model's attention: auto, merged, flex, sdpa or eager.
+        attention: what computes the language model's attention: auto, segments, sdpa or eager.
         cache: a folder for parsed annotations; that of the `datasets` library if absent.
         feature_cache: a folder for the features of a frozen vision encoder, for pictures that repeat over epochs.
         report_to: the Trainer's integrations: none, tensorboard, trackio, wandb, ...

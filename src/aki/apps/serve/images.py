@@ -9,6 +9,7 @@ import io
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from urllib.parse import unquote
 
 from PIL import Image
@@ -69,7 +70,7 @@ def decoded_images(
             message = f"the images take more than {DECODING} seconds to decode: save them anew, as plain JPEG or PNG."
             raise _refused(message, "too_slow_to_decode")
 
-    opened = [_read(lambda file=file: Image.open(_Watched(file, check), formats=FORMATS)) for file in files]
+    opened = [_read(partial(Image.open, _Watched(file, check), formats=FORMATS)) for file in files]
     if sum(image.width * image.height for image in opened) > limits.max_megapixels * 1_000_000:
         sizes = ", ".join(f"{image.width} x {image.height}" for image in opened)
         raise _refused(
@@ -77,7 +78,7 @@ def decoded_images(
             "for a request: scale them down first.",
             "too_many_pixels",
         )
-    return [_read(lambda image=image: _upright(image)) for image in opened]
+    return [_read(partial(_upright, image)) for image in opened]
 
 
 class _Watched(io.BytesIO):

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import by_definition, layouts, make_layout
+from oracle import NAMES
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from aki.attention import dense_mask, get_rule
-from aki.attention.merged import merged_attention
-from aki.attention.rectangles import encode_plan, plan_parts
+from aki.attention.kernels import segment_attention
+from aki.attention.segments import encode, segments
 
 DEVICES = [
     "cpu",
@@ -32,7 +33,7 @@ def tensors(layout, heads=4, key_heads=2, width=16, dtype=torch.float64, device=
 
 
 def plan_of(rule, layout):
-    return encode_plan(plan_parts(layout, get_rule(rule).rectangles(layout)))
+    return encode(segments(rule, layout))
 
 
 def output_and_gradients(function, inputs, weight):
@@ -45,7 +46,7 @@ def agree(layout, rule, dtype=torch.float64, device="cpu", key_heads=2):
     plan = plan_of(rule, layout)
     weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     weight = weight.masked_fill(layout.is_padding[:, None, :, None], 0)
-    got = output_and_gradients(lambda q, k, v: merged_attention(q, k, v, plan, SCALE), inputs, weight)
+    got = output_and_gradients(lambda q, k, v: segment_attention(q, k, v, plan, SCALE), inputs, weight)
     exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
     wanted = output_and_gradients(lambda q, k, v: by_definition(get_rule(rule), layout, q, k, v, SCALE), exact, weight)
     tolerance = PRECISIONS[dtype]
@@ -56,7 +57,7 @@ def agree(layout, rule, dtype=torch.float64, device="cpu", key_heads=2):
 
 
 @settings(max_examples=150, deadline=None)
-@given(layouts(), st.sampled_from(["causal", "mma"]), st.sampled_from([1, 2, 4]))
+@given(layouts(), st.sampled_from(NAMES), st.sampled_from([1, 2, 4]))
 def test_output_and_gradients_are_the_rules_own_in_float64(layout, rule, key_heads):
     agree(layout, rule, key_heads=key_heads)
 
@@ -70,17 +71,18 @@ def test_lower_precisions(device, dtype, layout):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lengths_past_the_kernels_tiles(device, dtype):
-    row = [("text", 5), ("image", 700), ("text", 90), ("image", 130), ("text", 30), ("answer", 40)]
-    agree(make_layout([(0, [row], False), (7, [row[:4]], False)]), "mma", dtype, device)
+@pytest.mark.parametrize(("dtype", "rule"), [(torch.bfloat16, "mma"), *((torch.float32, name) for name in NAMES)])
+def test_lengths_past_the_kernels_tiles(device, dtype, rule):
+    """Squares and rectangles; what a document of up to 512 tokens has as a mask."""
+    row = [("text", 5), ("image", 400), ("text", 90), ("image", 60), ("text", 30), ("answer", 40)]
+    agree(make_layout([(0, [row], False), (7, [row[:4]], False)]), rule, dtype, device)
 
 
 def test_nothing_but_padding_gives_zeros_and_no_gradient():
     layout = make_layout([(4, [], False)])
     inputs = tensors(layout)
     out, *gradients = output_and_gradients(
-        lambda q, k, v: merged_attention(q, k, v, plan_of("mma", layout), SCALE), inputs, torch.ones(())
+        lambda q, k, v: segment_attention(q, k, v, plan_of("mma", layout), SCALE), inputs, torch.ones(())
     )
     assert not out.any()
     assert not any(gradient.any() for gradient in gradients)
@@ -92,16 +94,16 @@ def test_keys_beyond_the_queries_are_not_seen():
     query, key, value = tensors(layout)
     plan = plan_of("mma", layout)
     room = torch.full((1, 2, 30, 16), torch.nan, dtype=key.dtype)
-    longer = merged_attention(query, torch.cat([key, room], 2), torch.cat([value, room], 2), plan, SCALE)
-    assert torch.equal(longer, merged_attention(query, key, value, plan, SCALE))
+    longer = segment_attention(query, torch.cat([key, room], 2), torch.cat([value, room], 2), plan, SCALE)
+    assert torch.equal(longer, segment_attention(query, key, value, plan, SCALE))
 
 
 def test_activation_checkpointing_recomputes_the_same():
     layout = make_layout(ONE_TURN)
     plan, inputs, weight = plan_of("mma", layout), tensors(layout), torch.ones(())
-    plain = output_and_gradients(lambda q, k, v: merged_attention(q, k, v, plan, SCALE), inputs, weight)
+    plain = output_and_gradients(lambda q, k, v: segment_attention(q, k, v, plan, SCALE), inputs, weight)
     again = output_and_gradients(
-        lambda q, k, v: checkpoint(merged_attention, q, k, v, plan, SCALE, use_reentrant=False), inputs, weight
+        lambda q, k, v: checkpoint(segment_attention, q, k, v, plan, SCALE, use_reentrant=False), inputs, weight
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
@@ -110,11 +112,11 @@ def test_the_operator_keeps_torchs_contract():
     """Schema, shapes and strides without data, autograd registration and tracing, as torch itself checks them."""
     for row in (ONE_TURN, [(2, [[("image", 5), ("text", 3)]], False)]):
         layout = make_layout(row)
-        torch.library.opcheck(torch.ops.aki.merged_attention, (*tensors(layout), plan_of("mma", layout), SCALE))
+        torch.library.opcheck(torch.ops.aki.segment_attention, (*tensors(layout), plan_of("mma", layout), SCALE))
 
 
 def test_compiled_whole_and_not_again_for_another_layout():
-    compiled = torch.compile(merged_attention, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(segment_attention, fullgraph=True, backend="aot_eager")
     layout = make_layout(ONE_TURN)
     other = make_layout([(0, [[("image", 30), ("text", 4), ("image", 8), ("text", 10), ("answer", 12)]], False)])
     assert layout.shape == other.shape
@@ -125,7 +127,9 @@ def test_compiled_whole_and_not_again_for_another_layout():
         torch._dynamo.mark_dynamic(plan, 2)
         with torch.compiler.set_stance(stance):
             got = output_and_gradients(lambda q, k, v, plan=plan: compiled(q, k, v, plan, SCALE), inputs, weight)
-        wanted = output_and_gradients(lambda q, k, v, plan=plan: merged_attention(q, k, v, plan, SCALE), inputs, weight)
+        wanted = output_and_gradients(
+            lambda q, k, v, plan=plan: segment_attention(q, k, v, plan, SCALE), inputs, weight
+        )
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
@@ -135,7 +139,7 @@ def test_no_tensor_of_length_by_length_exists():
     layout = make_layout([(0, [[("image", 1152), ("text", 256), ("answer", 640)]], False)])
     inputs = tensors(layout, heads=2, key_heads=2, dtype=torch.float32)
     plan = plan_of("mma", layout)
-    assert largest_allocation(lambda: merged_attention(*inputs, plan, SCALE).sum().backward()) < length * length
+    assert largest_allocation(lambda: segment_attention(*inputs, plan, SCALE).sum().backward()) < length * length
 
     def dense():
         allowed = dense_mask(get_rule("mma"), layout)
@@ -153,7 +157,7 @@ def test_memory_is_linear_in_the_length_up_to_16384():
         layout = make_layout([(0, [row], False)])
         inputs = tensors(layout, heads=1, key_heads=1, dtype=torch.float32)
         plan = plan_of("mma", layout)
-        steps = allocations(lambda inputs=inputs, plan=plan: merged_attention(*inputs, plan, SCALE).sum().backward())
+        steps = allocations(lambda inputs=inputs, plan=plan: segment_attention(*inputs, plan, SCALE).sum().backward())
         peaks[length] = max(itertools.accumulate(steps))
     assert peaks[16384] < 4.1 * peaks[4096]
     assert peaks[16384] < 16384**2 / 8

@@ -1,0 +1,151 @@
+"""Which rows of a step are done again, and doing it in each layer. One `Steps` a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aki.vllm.cache import Pages, read
+from aki.vllm.prompts import Prompt, PromptReader
+from aki.vllm.rows import Rows, attend
+
+
+class Steps:
+    """What a worker knows of its requests, from what the scheduler tells it.
+
+    Args:
+        reader: of prompts.
+        order: the requests of the step that is being computed, as their tokens stand in it.
+    """
+
+    def __init__(self, reader: PromptReader, order: Callable[[], Sequence[str]]):
+        self.reader, self.order = reader, order
+        self.layers: list[str] = []
+        self.pages: dict[str, Pages] = {}
+        self.prompts: dict[str, Prompt] = {}
+        self.unfinished: set[str] = set()
+        self.starts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}
+        self.is_open = False
+        self.rows: list[Rows] | None = None
+        self.masks: dict[tuple[int, int | None], Tensor] = {}
+        self.done = 0
+
+    @contextmanager
+    def step(self, scheduled: Any) -> Iterator[None]:
+        """While a step is computed.
+
+        Raises:
+            RuntimeError: a layer was computed without its rows, which would have been a causal answer.
+        """
+        self._begin(scheduled)
+        try:
+            yield
+            if self.is_open and self.done != len(self.layers):
+                raise RuntimeError(
+                    f"{len(self.layers) - self.done} of {len(self.layers)} attention layers were computed past the "
+                    "attention rule, so this step would have been answered causally: vLLM ran them in a way that aki "
+                    "does not know (a CUDA graph over mixed batches, for instance). Start it with --enforce-eager."
+                )
+        finally:
+            self.is_open = False
+
+    def _begin(self, scheduled: Any) -> None:
+        for gone in scheduled.finished_req_ids:
+            self.prompts.pop(gone, None)
+            self.unfinished.discard(gone)
+        for new in scheduled.scheduled_new_reqs:
+            if new.prompt_token_ids is not None:
+                self._take(new)
+        known = scheduled.scheduled_cached_reqs
+        self.unfinished |= {name for name in known.resumed_req_ids if name in self.prompts}
+        self.starts = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+        self.starts |= dict(zip(known.req_ids, known.num_computed_tokens, strict=True))
+        self.counts = scheduled.num_scheduled_tokens
+        self.is_open, self.rows, self.done = False, None, 0
+        self.masks.clear()
+        for name in [name for name in self.unfinished if name in self.counts]:
+            start, last = self.starts[name], self.prompts[name].openings[-1].stop
+            self.is_open |= start < last
+            if start + self.counts[name] >= last:
+                self.unfinished.discard(name)
+
+    def _take(self, new: Any) -> None:
+        prompt = self.reader.read(new.prompt_token_ids, *request_inputs(new))
+        self.prompts.pop(new.req_id, None)
+        if prompt.openings:
+            self.prompts[new.req_id] = prompt
+            self.unfinished.add(new.req_id)
+
+    def _find_rows(self) -> list[Rows]:
+        found, offset = [], 0
+        for row, name in enumerate(self.order()):
+            start, count = self.starts[name], self.counts[name]
+            for opening in self.prompts[name].openings if name in self.prompts else ():
+                first, stop = max(opening.first, start), min(opening.stop, start + count)
+                if first >= stop:
+                    continue
+                if opening.reach > start + count:
+                    raise RuntimeError(
+                        f"a prompt was cut at token {start + count} although token {stop - 1} of it sees as far as "
+                        f"token {opening.reach - 1}: the scheduler did not ask aki where it may be cut."
+                    )
+                queries = slice(offset + first - start, offset + stop - start)
+                found.append(Rows(queries, slice(offset, offset + count), start, row, opening, first))
+            offset += count
+        return found
+
+    def redo(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        metadata: Any,
+        output: Tensor,
+    ) -> None:
+        """Write the rows of one layer over what its own kernel gave.
+
+        Args:
+            query: (tokens, heads, width); key, value: (tokens, key heads, width); output: as query.
+        """
+        if self.rows is None:
+            self.rows = self._find_rows()
+        past: dict[int, tuple[Tensor, Tensor]] = {}
+        for place, rows in enumerate(self.rows):
+            if rows.row not in past:
+                past[rows.row] = self._all_keys(layer, key, value, kv_cache, metadata, rows)
+            keys, values = (torch.cat([x[slice(*span)] for span in rows.keys]) for x in past[rows.row])
+            window = getattr(layer, "sliding_window", None)
+            mask = self.masks.get((place, window))
+            if mask is None:
+                mask = self.masks[place, window] = rows.mask(window, query.device)
+            output[rows.queries] = attend(layer.impl, query[rows.queries], keys, values, mask)
+        self.done += 1
+
+    def _all_keys(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: Any, rows: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of a request from its first token on."""
+        own_key, own_value = key[rows.tokens], value[rows.tokens]
+        if rows.cached == 0:
+            return own_key, own_value
+        table = metadata.block_table[rows.row]
+        cached_key, cached_value = read(self.pages[layer.layer_name], layer, kv_cache, table, rows.cached)
+        return torch.cat([cached_key, own_key]), torch.cat([cached_value, own_value])
+
+
+def request_inputs(request: Any) -> tuple[list[tuple[Tensor, str]], str | None]:
+    """The pictures, videos and clips of a request of vLLM, and its adapter, as `PromptReader.read` takes them."""
+    items = []
+    for feature in request.mm_features:
+        place = feature.mm_position
+        positions = torch.arange(place.offset, place.offset + place.length)
+        items.append((positions if place.is_embed is None else positions[place.is_embed.bool()], feature.identifier))
+    adapter = request.lora_request
+    return items, None if adapter is None else adapter.lora_path

@@ -1,0 +1,19 @@
+"""What the tests of vLLM share: one engine after another in this process, few starts, each for many tests."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+if find_spec("vllm") is None:
+    # `make test-vllm` makes an environment that has it; test_prompts.py runs in any.
+    collect_ignore = [f"test_{name}.py" for name in ("families", "engine", "refused", "server", "tools")]
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}

@@ -1,0 +1,120 @@
+"""One engine: the cache of prefixes, cut prompts, preemption, text that only looks like more; then adapters."""
+
+import pytest
+import torch
+from asking import QUESTIONS, Reference, answers, ask, assistant, engine, same, user
+from folders import llava
+from peft import LoraConfig, get_peft_model
+
+import aki
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return Reference(folder)
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    """24 blocks of 32 tokens, for which ten longer answers at once are too many: they are preempted."""
+    with engine(folder, "mma", num_gpu_blocks_override=24, disable_log_stats=False) as started:
+        yield started
+
+
+def test_the_cache_is_reused_for_the_same_question_and_never_for_another(llm, reference):
+    llm.reset_prefix_cache()
+    long = "what is in the picture? count them all. describe it, left and right. how many digits are red?"
+    asked = ask(user(0, long))
+    first = answers(llm, reference, [asked])[0]
+    again = answers(llm, reference, [asked])[0]
+    other = ask(user(0, long + " one"))
+    another = answers(llm, reference, [other])[0]
+    assert first.cached == 0
+    assert again.cached >= 32
+    assert another.cached == 0
+    for question, found in ((asked, first), (asked, again), (other, another)):
+        assert same(found, reference.answer(question, "mma"))
+
+
+def test_earlier_turns_are_reused_and_a_new_picture_reads_their_keys_from_the_cache(llm, reference):
+    llm.reset_prefix_cache()
+    turn = user(0, "what is in the picture? count them all. describe it, left and right.")
+    answers(llm, reference, [ask(turn)])
+    later = ask(turn, assistant("one two three"), user(1, "and is there a blue one?"))
+    found = answers(llm, reference, [later])[0]
+    assert found.cached >= 32
+    assert same(found, reference.answer(later, "mma"))
+
+
+def test_what_is_answered_stays_hidden_when_a_request_is_preempted_and_prefilled_again(llm, reference):
+    llm.reset_prefix_cache()
+    asked = [ask(user(i % 3, f"{'one two three ' * 3}{i}")) for i in range(10)]
+    before = _preemptions(llm)
+    found = answers(llm, reference, asked, new_tokens=60)
+    assert _preemptions(llm) > before, "nothing was preempted: this test tests nothing"
+    for question, answer in zip(asked, found, strict=True):
+        assert same(answer, reference.answer(question, "mma", new_tokens=60))
+
+
+def _preemptions(llm) -> int:
+    return sum(int(m.value) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+@pytest.fixture(scope="module")
+def adapters(folder, tmp_path_factory):
+    """Two that add the same weights, one trained under mma."""
+    made = {}
+    for name, rule in (("plain", None), ("mma", "mma")):
+        reference = Reference(folder)
+        if rule is not None:
+            aki.unlock(reference.model, reference.processor, rule)
+        config = LoraConfig(
+            r=8, target_modules=r".*language_model.*(q_proj|v_proj)", task_type="CAUSAL_LM", lora_alpha=64
+        )
+        torch.manual_seed(1)
+        adapted = get_peft_model(reference.model, config)
+        if rule is not None:
+            aki.unlock(adapted, reference.processor, rule)
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.data.normal_(0, 0.1)
+        made[name] = tmp_path_factory.mktemp(name)
+        adapted.save_pretrained(made[name])
+        made[f"{name} model"] = reference
+    return made
+
+
+def test_an_adapter_brings_its_rule_and_the_model_beneath_stays_causal(folder, adapters):
+    from vllm.lora.request import LoRARequest
+
+    asked = [question for question in QUESTIONS if question.pictures]
+    beneath = Reference(folder)
+    with engine(folder, enable_lora=True, max_lora_rank=8) as llm:
+        plain = answers(llm, beneath, asked)
+        ruled = answers(llm, beneath, asked, lora_request=LoRARequest("mma", 1, str(adapters["mma"])))
+        causal = answers(llm, beneath, asked, lora_request=LoRARequest("plain", 2, str(adapters["plain"])))
+    for i, question in enumerate(asked):
+        assert same(plain[i], beneath.answer(question, None))
+        assert same(ruled[i], adapters["mma model"].answer(question, "mma"))
+        assert same(causal[i], adapters["plain model"].answer(question, None))
+
+
+def test_a_folder_without_a_rule_is_served_as_if_aki_were_not_there(folder, reference, monkeypatch):
+    from aki.vllm import hooks, steps
+
+    def never(*args, **kwargs):
+        raise AssertionError("aki looked at a model that has no rule")
+
+    monkeypatch.setattr(hooks, "PromptReader", never)
+    monkeypatch.setattr(steps.Steps, "step", never)
+    with engine(folder) as llm:
+        found = answers(llm, reference, QUESTIONS)
+        scheduler = llm.llm_engine.vllm_config.scheduler_config
+        assert scheduler.max_num_batched_tokens != 512 + 16
+    for question, answer in zip(QUESTIONS, found, strict=True):
+        assert same(answer, reference.answer(question, None))
