@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import httpx
 import numpy as np
 import torch
 from PIL import Image
-from serving import Times, ask
+from serving import Times
 from transformers import AutoConfig
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -127,6 +128,21 @@ def body(model: str, tokens: int) -> dict[str, Any]:
         "stream": True,
         "temperature": 0,
     }
+
+
+async def ask(client: httpx.AsyncClient, request: dict[str, Any], times: Times) -> None:
+    """One request; a piece of text is a token, or several that came while the server was busy."""
+    started, stamps = time.perf_counter(), []
+    async with client.stream("POST", "chat/completions", json=request) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            data = line.removeprefix("data: ")
+            if data.startswith("{") and any(c["delta"].get("content") for c in json.loads(data)["choices"]):
+                stamps.append(time.perf_counter())
+    if not stamps:
+        raise RuntimeError("the server gave an empty answer.")
+    times.first.append(stamps[0] - started)
+    times.between += [later - earlier for earlier, later in pairwise(stamps)]
 
 
 async def one_round(address: str, clients: int, requests: int, tokens: int, times: Times) -> None:

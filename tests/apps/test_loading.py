@@ -6,6 +6,7 @@ import io
 import json
 
 import pytest
+from transformers.utils.logging import enable_progress_bar
 
 from aki.cli import main
 
@@ -36,6 +37,7 @@ def test_a_folder_without_a_model(tmp_path, capsys):
 
 def test_an_answer_comes_without_a_loading_bar(model_folder, scene, capfd):
     """Entry 26: standard error stays empty."""
+    enable_progress_bar()  # other commands hide them for the whole process
     main(["chat", str(model_folder), "--image", str(scene), "--max-new-tokens", "2", "what?"])
     out, err = capfd.readouterr()
     assert out.strip()

@@ -167,8 +167,7 @@ class TestPromptBlocks:
             plain.image_processor, plain.tokenizer, PER_IMAGE, plain.chat_template, answer_token="<|nobody|>"
         )
         assert processor.answer_token_id is None
-        chat = [user("this ?"), assistant("a<|system|>no")]
-        check(processor, chat, ("<|user|>this ?<|assistant|>", 0), (f"a<|system|>no{EOS}", -1))
+        check(processor, [user("this ?"), assistant("no")], ("<|user|>this ?<|assistant|>", 0), (f"no{EOS}", -1))
 
 
 PHI = (
@@ -338,9 +337,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="the image part of a message has no image"):
             processor.apply_chat_template(chat, **TOKENIZE)
 
-    def test_a_placeholder_typed_by_hand(self, processor):
+    def test_a_placeholder_typed_by_hand_is_text(self, processor):
+        ids = processor.apply_chat_template([user("this <image> ?")], **TOKENIZE)["input_ids"][0]
+        assert processor.image_token_id not in ids
+        assert "this <image> ?" in processor.tokenizer.decode(ids)
         with pytest.raises(ValueError, match=r"found 1 <image> tokens in the text and 0 image\(s\)"):
-            processor.apply_chat_template([user("this <image> ?")], **TOKENIZE)
+            processor(text="this <image> ?", return_tensors="pt")
 
     def test_an_image_that_is_not_there(self, processor, tmp_path):
         with pytest.raises(ImageError, match=r"there is no picture at .*nothing\.png"):
