@@ -37,9 +37,7 @@ class Show:
         stage = self.stage or recipe.stages[-1]
         view = stage_view(recipe, stage)
         if not isinstance(view.processor, AkiProcessor):
-            raise ValueError(
-                "samples of other families than AKI are not drawn yet: `aki data check` reads and counts them."
-            )
+            raise ValueError("samples of other families are not drawn yet: `aki data check` reads and counts them.")
         shown = view.first(self.n, lambda s: Shown(f"{s.source}/{s.id}", view.collator.encode(s)[0]))
         draw_sheet(shown, view.processor, recipe.stage(stage).rule, self.picture)
         print(f"{len(shown)} samples of {stage} drawn in {self.picture}")
