@@ -46,6 +46,7 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/pip install --quiet --upgrade pip
 	.venv-oldest/bin/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	.venv-oldest/bin/pip install --quiet --no-deps -c constraints.txt lmms-eval
 	touch $@
 
 test-newest: .venv-newest/installed
@@ -56,6 +57,7 @@ test-newest: .venv-newest/installed
 	.venv-newest/bin/pip install --quiet --upgrade pip
 	.venv-newest/bin/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]' torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	.venv-newest/bin/pip install --quiet --no-deps -c constraints.txt lmms-eval
 	touch $@
 
 suites: install $(SUITES)
