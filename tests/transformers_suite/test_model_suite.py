@@ -117,6 +117,14 @@ class ResamplerMmaTest(AkiSuite, unittest.TestCase):
     pass
 
 
+class ResamplerCausalTest(AkiSuite, unittest.TestCase):
+    rule = "causal"
+
+
+class MlpMmaTest(AkiSuite, unittest.TestCase):
+    connector = "mlp"
+
+
 class MlpCausalTest(AkiSuite, unittest.TestCase):
     connector, rule = "mlp", "causal"
 
