@@ -34,7 +34,8 @@ def written(line: str, outcomes: dict[str, str]) -> str:
     what, _, _, test, *remarks = (cell.strip() for cell in line.strip().strip("|").split("|"))
     package = next((name for word, name in PACKAGES.items() if word in what), "transformers")
     verdict = VERDICTS[outcomes.get(test.strip("`"), "skipped")]
-    return f"| {' | '.join([what, verdict, f'{package} {version(package).partition('+')[0]}', test, *remarks])} |"
+    installed = f"{package} {version(package).partition('+')[0]}"
+    return f"| {' | '.join([what, verdict, installed, test, *remarks])} |"
 
 
 def main() -> int:
