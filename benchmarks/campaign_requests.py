@@ -61,6 +61,7 @@ def run(seed: int, tries: int = 1000, seconds: float = 600) -> tuple[int, list[s
         Tries made, and a sentence for each failure.
     """
     draw, failures = random.Random(seed), list[str]()
+    hung_up = set(draw.sample(range(1, tries + 1), round(tries * HUNG_UP)))
     made, ends = 0, time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "tiny"
@@ -71,7 +72,7 @@ def run(seed: int, tries: int = 1000, seconds: float = 600) -> tuple[int, list[s
             while made < tries and time.monotonic() < ends and len(failures) < 20:
                 made += 1
                 try:
-                    if draw.random() < HUNG_UP:
+                    if made in hung_up:
                         failures += _hang_up(client, draw, asked, made, usual)
                     else:
                         failures += _ask(client, draw, asked, made)

@@ -174,7 +174,7 @@ def test_a_window_by_hand():
 
 def test_what_a_rule_closes_behind_is_taken_away_and_the_cache_stays_open():
     """A rule under which a token sees itself and the one after it; two tokens are cached."""
-    ahead = Rule("ahead", lambda layout, b, q, k: (k == q) | (k == q + 1), lambda layout: layout.document)
+    ahead = Rule("ahead", lambda layout, b, q, k: (k == q) | (k == q + 1))
     config, layout = text_config("llama"), oracle.Batch([[oracle.Token(0)] * 3], 1, False).layout
     past = DynamicCache(config=config)
     fill(past, 2, 1)

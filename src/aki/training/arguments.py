@@ -6,8 +6,6 @@ import dataclasses
 from difflib import get_close_matches
 from typing import Any
 
-from transformers import TrainingArguments
-
 OWNED = {
     "output_dir": "--output",
     "resume_from_checkpoint": "--resume",
@@ -49,6 +47,11 @@ def check_trainer(values: dict[str, Any]) -> None:
     Raises:
         ValueError: a field that is said elsewhere in the recipe, or none of TrainingArguments; the nearest is named.
     """
+    if not values:
+        return
+    # With it come PEFT and bitsandbytes, where they are, and what they say: each command reads this module.
+    from transformers import TrainingArguments
+
     fields = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     for name in values:
         if name in OWNED:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +86,58 @@ def test_text_does_not_wait_for_pictures(engine, monkeypatch):
         finally:
             free.set()
         assert all(one.result().choices for one in pictures)
+
+
+def test_pictures_leave_places_of_the_queue_to_text(engine, monkeypatch):
+    """Entry 3: requests with pictures, as many as there are places; a question without one finds its own."""
+    free = threading.Event()
+    read = decoded_images
+
+    def slow(files, *more):
+        if files:
+            free.wait(20)
+        return read(files, *more)
+
+    monkeypatch.setattr("aki.apps.serve.app.decoded_images", slow)
+    ask = {"model": "tiny", "max_tokens": 1}
+    with running(engine, Limits(max_waiting=4)) as port, ThreadPoolExecutor(4) as pool:
+        pictures = ask | {"messages": [message("what?", data_url(picture_bytes(3)))]}
+        asked = [pool.submit(sent, port, pictures) for _ in range(4)]
+        try:
+            (refused_one,) = wait(asked, timeout=10, return_when=FIRST_COMPLETED).done
+            refused(refused_one.result(), 429, "3 requests with images", "queue_full")
+            assert sent(port, ask | {"messages": [message("what?")]}).status_code == 200
+        finally:
+            free.set()
+        assert sorted(one.result().status_code for one in asked) == [200, 200, 200, 429]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what memory a process has")
+def test_memory_returns(model_folder):
+    """Entry 3: of 16-bit pictures of 24 megapixels, read two at a time, next to nothing is kept."""
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((4900, 4900), np.uint16)).save(out, "PNG")
+    body = {"model": "tiny", "messages": [message("?", data_url(out.getvalue()))], "max_tokens": 1}
+    small = body | {"messages": [message("?", data_url(picture_bytes()))]}
+    command = [sys.executable, "-m", "aki", "serve", str(model_folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(4) as pool:
+        try:
+            port = int(process.stdout.readline().rpartition(":")[2].removesuffix("/v1\n"))
+            assert sent(port, small).status_code == 200
+            before = megabytes(process.pid, "VmRSS")
+            answers = [pool.submit(sent, port, body) for _ in range(4)]
+            assert {answer.result().status_code for answer in answers} == {200}
+            assert sent(port, small).status_code == 200
+            assert megabytes(process.pid, "VmHWM") - before > 200
+            assert megabytes(process.pid, "VmRSS") - before < 100
+        finally:
+            process.kill()
+
+
+def megabytes(process: int, what: str) -> float:
+    """Of a process's status: VmRSS, what it has now, or VmHWM, the most that it had."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(what))
 
 
 def test_text_does_not_wait_for_the_processor_of_pictures(engine, monkeypatch):

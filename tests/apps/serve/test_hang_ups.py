@@ -94,6 +94,35 @@ def test_health_says_when_nobody_can_answer(engine, monkeypatch):
         assert WEB.post(f"{url}/v1/chat/completions", **post).status_code == 503
 
 
+def test_health_says_when_a_step_does_not_end(engine, monkeypatch):
+    """Entry 1: a thread that lives and is stuck in the model answers nobody; when it goes on, so does the server."""
+    monkeypatch.setattr("aki.apps.serve.batching.STUCK", 0.5, raising=False)
+    free, within = threading.Event(), threading.Event()
+
+    def hang(*_):
+        within.set()
+        free.wait(20)
+
+    with running(engine) as port, engine.model.register_forward_pre_hook(hang):
+        url, post = f"http://127.0.0.1:{port}", {"content": BODY, "headers": {"Content-Type": "application/json"}}
+        said: list[int] = []
+        asking = threading.Thread(
+            target=lambda: said.append(WEB.post(f"{url}/v1/chat/completions", **post).status_code)
+        )
+        asking.start()
+        try:
+            assert within.wait(10)
+            assert WEB.get(f"{url}/health").status_code == 200
+            time.sleep(0.7)
+            assert WEB.get(f"{url}/health").status_code == 503
+            assert WEB.post(f"{url}/v1/chat/completions", **post).status_code == 503
+        finally:
+            free.set()
+        asking.join(20)
+        assert said == [200]
+        assert WEB.get(f"{url}/health").status_code == 200
+
+
 def test_who_hangs_up_while_pictures_are_read_is_not_read_on(engine, monkeypatch):
     """Entry 3: a request whose client is gone stops costing."""
     asked, ended = threading.Event(), threading.Event()

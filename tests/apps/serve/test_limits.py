@@ -402,7 +402,7 @@ class TestSlowClients:
 def test_a_full_queue_says_when_to_come_back(strict, engine):
     free = threading.Event()
     with engine.model.register_forward_pre_hook(lambda *_: free.wait(20) and None), ThreadPoolExecutor(12) as pool:
-        waiting = [pool.submit(post, strict, asked(max_tokens=2)) for _ in range(12)]
+        waiting = [pool.submit(post, strict, asked([message("how many?")], max_tokens=2)) for _ in range(12)]
         assert next(as_completed(waiting)).result().status_code == 429
         free.set()
         answers = [one.result() for one in waiting]

@@ -24,6 +24,7 @@ from aki.apps.serve.gate import Gate
 from aki.apps.serve.images import decoded_images, image_files
 from aki.apps.serve.job import Job, Sampler
 from aki.apps.serve.limits import Limits, Refused, failed, unable
+from aki.apps.serve.memory import give_back
 from aki.apps.serve.metrics import Metrics
 from aki.apps.serve.schema import ChatRequest, usage
 from aki.apps.serve.text import AnswerText
@@ -64,7 +65,7 @@ class Service:
             Refused: it is not one that can be answered.
         """
         self.engine.check_name(chat.model)
-        with self.batcher.place():
+        with self.batcher.place(pictures=bool(chat.images())):
             job = await self._prepared(chat)
             self.batcher.submit(job)
         return job
@@ -90,7 +91,11 @@ class Service:
         )
 
     def _inputs(self, chat: ChatRequest, files: list[bytes], over: Event) -> dict[str, Any]:
-        return self.engine.inputs(chat, decoded_images(files, self.limits, over.is_set))
+        try:
+            return self.engine.inputs(chat, decoded_images(files, self.limits, over.is_set))
+        finally:
+            if files:
+                give_back()
 
     async def pieces(self, job: Job) -> AsyncIterator[str]:
         first = True

@@ -25,6 +25,9 @@ from aki.apps.serve.limits import Limits, Refused, unable
 
 logger = logging.getLogger(__name__)
 
+STUCK = 300
+"""Seconds without a step of the model after which it counts as one that cannot answer. The first step reads all
+prompts of a batch, which takes minutes where a large model has no accelerator."""
 WAIT = 0.03
 """Seconds at most that a batch waits for requests which are being read; with none on their way it starts at once."""
 
@@ -44,6 +47,8 @@ class Batcher:
         self.engine, self.limits, self.on_batch = engine, limits, on_batch
         self.waiting: deque[Job] = deque()
         self.coming = 0
+        self.pictures = 0
+        self._step: float | None = None
         self._changed, self._closed = Condition(), False
         self._loop = asyncio.get_running_loop()
         self._thread = Thread(target=self._work, name="model", daemon=True)
@@ -51,28 +56,38 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether anybody is there to answer."""
-        return self._thread.is_alive() and not self._closed
+        """Whether somebody is there to answer, and has not been within one step of the model for `STUCK` seconds."""
+        step = self._step
+        return self._thread.is_alive() and not self._closed and (step is None or time.monotonic() - step < STUCK)
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self, pictures: bool = False) -> Iterator[None]:
         """A place in the queue for a request that is being read.
 
+        Args:
+            pictures: whether it has any. Such requests leave a quarter of the places to others.
+
         Raises:
-            Refused: the queue is full, or the model's thread has ended.
+            Refused: the queue is full, or nobody is there to answer.
         """
+        most = self.limits.max_waiting
+        for_pictures = max(1, most - max(1, most // 4))
         with self._changed:
             if not self.alive:
                 raise unable()
-            if len(self.waiting) + self.coming >= self.limits.max_waiting:
-                message = f"{self.limits.max_waiting} requests are waiting already: try again later."
+            held = self.pictures + sum(job.pictures for job in self.waiting)
+            if len(self.waiting) + self.coming >= most or (pictures and held >= for_pictures):
+                what = f"{most} requests" if len(self.waiting) + self.coming >= most else f"{held} requests with images"
+                message = f"{what} are waiting already: try again later."
                 raise Refused(429, message, "queue_full", headers={"Retry-After": "1"})
             self.coming += 1
+            self.pictures += pictures
         try:
             yield
         finally:
             with self._changed:
                 self.coming -= 1
+                self.pictures -= pictures
                 self._changed.notify()
 
     def submit(self, job: Job) -> None:
@@ -106,6 +121,7 @@ class Batcher:
             while self._await_work():
                 batch = self._next_batch()
                 self._answer(batch)
+                self._step = None
         finally:  # Whatever ended this thread, nobody must wait for it.
             with self._changed:
                 self._closed, left = True, [job for job in [*batch, *self.waiting] if job.finish is None]
@@ -135,6 +151,7 @@ class Batcher:
         batch = [job for job in batch if not job.cancelled and job.finish is None]
         if not batch:
             return
+        self._stepped()
         try:
             self.on_batch(len(batch))
             self._generate(batch)
@@ -160,8 +177,11 @@ class Batcher:
             no_repeat_ngram_size=0,
             pad_token_id=self.engine.pad_token_id,
             logits_processor=[_OwnSampling(batch, self._deliver)],
-            stopping_criteria=[_Rows(batch, self._deliver)],
+            stopping_criteria=[_Rows(batch, self._deliver, self._stepped)],
         )
+
+    def _stepped(self) -> None:
+        self._step = time.monotonic()
 
     def _deliver(self, events: list[tuple[Job, Event]]) -> None:
         try:
@@ -197,10 +217,11 @@ class _OwnSampling(LogitsProcessor):
 class _Rows(StoppingCriteria):
     """Hands each row its new token, and stops the rows that are at their end or that failed, those alone."""
 
-    def __init__(self, jobs: list[Job], deliver: Deliver):
-        self._jobs, self._deliver = jobs, deliver
+    def __init__(self, jobs: list[Job], deliver: Deliver, stepped: Callable[[], None]):
+        self._jobs, self._deliver, self._stepped = jobs, deliver, stepped
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
+        self._stepped()
         events: list[tuple[Job, Event]] = []
         for job, token in zip(self._jobs, input_ids[:, -1].tolist(), strict=True):
             if job.finish is None:

@@ -54,6 +54,11 @@ class Job:
         length = self.inputs["input_ids"].shape
         return frozenset((name, None if t.shape == length else t.shape[1:]) for name, t in self.inputs.items())
 
+    @property
+    def pictures(self) -> bool:
+        """Whether the prompt has any."""
+        return any(size is not None for _, size in self.sizes)
+
     def take(self, token: int) -> list[Event]:
         """What the client gets to see of the next token."""
         if self.cancelled:

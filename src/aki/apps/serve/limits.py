@@ -65,4 +65,6 @@ def failed() -> Refused:
 
 def unable() -> Refused:
     """What a client gets to know where nobody can answer it."""
-    return Refused(503, "the server's model has stopped; its log says why.", "server_error")
+    return Refused(
+        503, "the server's model has stopped, or has made no step for a long time; its log may say why.", "server_error"
+    )
