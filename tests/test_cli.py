@@ -82,7 +82,7 @@ def test_chat_streams_and_reads_stdin(model_folder, monkeypatch):
         (["{folder}/nowhere", "what?"], "there is no model folder at"),
         (["{folder}/scene.png", "what?"], "there is no model folder at"),
         (["{model}", "what \udcff?"], "not UTF-8"),
-        (["{folder}", "what?"], "not an AKI model"),
+        (["{folder}", "what?"], "holds no model: there is no config.json in it"),
     ],
 )
 def test_chat_refuses_in_a_sentence(model_folder, capsys, arguments, message):

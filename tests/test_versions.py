@@ -1,6 +1,9 @@
 """What is declared is what is tested: the floors, the newest release, and what a later one is told."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 import warnings
 from importlib import metadata
@@ -55,3 +58,33 @@ def test_a_cache_is_found_under_either_name():
 
 def test_the_cache_has_the_name_that_this_release_gives_it():
     assert ("cache" if Version(metadata.version("transformers")) >= Version("5.24") else "past_key_values") == CACHE
+
+
+def run(python: Path, command: str, folder: Path) -> None:
+    result = subprocess.run(
+        [python, ROOT / "tests" / "crossing.py", command, folder],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def transformers_of(python: Path) -> str:
+    code = "from importlib import metadata; print(metadata.version('transformers'))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("environment", [".venv-oldest", ".venv-newest"])
+def test_what_one_release_writes_another_loads(environment, tmp_path):
+    """Saved folders, adapters, the published checkpoint and unlocked models, in both directions, with equal logits."""
+    other, this = ROOT / environment / "bin" / "python", Path(sys.executable)
+    if not (ROOT / environment / "installed").exists():
+        pytest.skip(f"there is no {environment}: make test-oldest and make test-newest make them")
+    if transformers_of(other) == transformers.__version__:
+        pytest.skip(f"{environment} has transformers {transformers.__version__} too")
+    for writer, reader in ((this, other), (other, this)):
+        folder = tmp_path / f"by-{transformers_of(writer)}"
+        folder.mkdir()
+        run(writer, "write", folder)
+        run(reader, "read", folder)

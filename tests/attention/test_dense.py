@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, StaticCache
 
 from aki.attention import Rule, dense_mask, get_rule, language_model_masks
+from aki.compat import CACHE, given_cache
 
 every_rule = pytest.mark.parametrize("rule", oracle.NAMES)
 
@@ -173,7 +174,7 @@ def test_a_window_by_hand():
 
 def test_what_a_rule_closes_behind_is_taken_away_and_the_cache_stays_open():
     """A rule under which a token sees itself and the one after it; two tokens are cached."""
-    ahead = Rule("ahead", lambda layout, b, q, k: (k == q) | (k == q + 1), lambda layout: layout.document)
+    ahead = Rule("ahead", lambda layout, b, q, k: (k == q) | (k == q + 1))
     config, layout = text_config("llama"), oracle.Batch([[oracle.Token(0)] * 3], 1, False).layout
     past = DynamicCache(config=config)
     fill(past, 2, 1)
@@ -223,8 +224,8 @@ def test_under_causal_a_language_model_computes_what_it_computes_alone(name, imp
 
     def second_logits(masks) -> torch.Tensor:
         with torch.no_grad():
-            past = model(ids[:, :6], attention_mask=attention_mask[:, :6], use_cache=True).past_key_values
-            return model(ids[:, 6:], attention_mask=masks(past), past_key_values=past).logits
+            past = given_cache(model(ids[:, :6], attention_mask=attention_mask[:, :6], use_cache=True))
+            return model(ids[:, 6:], attention_mask=masks(past), **{CACHE: past}).logits
 
     layout = oracle.Batch([[oracle.Token(0)] * 5] * 2, 1, False).layout
     embeds = torch.zeros(2, 5, 8)

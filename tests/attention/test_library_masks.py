@@ -7,6 +7,7 @@ from transformers.models.gemma3 import modeling_gemma3
 from unlock_families import gemma3, paligemma
 
 from aki.attention import dense_mask, get_rule
+from aki.compat import CACHE
 from aki.layout import IMAGE, build_layout, number_runs
 
 PAD, PICTURE, TOKENS = 0, 9, 3
@@ -57,7 +58,7 @@ def test_image_bidirectional_is_gemma_3s_mask(batch):
         config=config,
         inputs_embeds=torch.zeros(*batch["ids"].shape, config.hidden_size),
         attention_mask=batch["attention"],
-        past_key_values=None,
+        **{CACHE: None},
         position_ids=None,
         block_sequence_ids=modeling_gemma3.get_block_sequence_ids_for_mask((batch["ids"] == PICTURE).long()),
     )

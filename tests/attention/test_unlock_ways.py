@@ -14,6 +14,7 @@ from unlock_families import FAMILIES, build, llava
 
 import aki
 from aki.attention import CannotUnlock, LeakError, NothingOpensWarning
+from aki.compat import CACHE, given_cache
 
 
 @pytest.fixture
@@ -340,7 +341,7 @@ def test_a_second_image_into_the_cache(reader, processor):
             input_ids=ids[:, start:],
             attention_mask=torch.ones_like(ids),
             pixel_values=images[1:],
-            past_key_values=before.past_key_values,
+            **{CACHE: given_cache(before)},
         )
     torch.testing.assert_close(after.logits, logits(reader, whole)[:, start:], atol=1e-4, rtol=1e-4)
 

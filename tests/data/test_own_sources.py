@@ -11,6 +11,7 @@ from PIL import Image
 from aki.data.augment import Augment
 from aki.data.report import BadSample
 from aki.data.sources import SourceError, open_source
+from aki.data.sources.messages import plain_messages
 
 
 @pytest.fixture
@@ -336,3 +337,21 @@ def test_a_data_set_that_holds_nothing_or_something_else_is_a_sentence(opened, t
     assert "no data" in says("heads.csv")
     assert "JSON parse error" in says("torn.json")
     assert "none of .parquet, .json" in says("table.xlsx")
+
+
+def test_messages_with_marks_in_their_texts():
+    """The form of LLaMA-Factory and ms-swift: a mark in the text for each of the images beside it."""
+    asked = {"role": "user", "content": "<image>\nwhat is it? and <image>?"}
+    (found,) = plain_messages([asked], ["a.png", "b.png"])
+    assert found["content"] == [
+        {"type": "image", "image": "a.png"},
+        {"type": "text", "text": "what is it? and "},
+        {"type": "image", "image": "b.png"},
+        {"type": "text", "text": "?"},
+    ]
+    with pytest.raises(IndexError):
+        plain_messages([asked], ["a.png"])
+    with pytest.raises(ValueError, match="1 of 3 images have no image part"):
+        plain_messages([asked], ["a.png", "b.png", "c.png"])
+    (text,) = plain_messages([asked], [])
+    assert text["content"] == [{"type": "text", "text": asked["content"]}], "no images: text, which is then refused"

@@ -324,7 +324,7 @@ def test_learning_rates_are_tried_on_a_seed_of_their_own_and_a_killed_comparison
     monkeypatch.setattr(compare, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         run_comparison(tiny_recipe, tmp_path, ["causal"], 1, 1)
-    assert [path.name for path in (tmp_path / "cells").iterdir()] == ["pretrain-seed1000.json"]
+    assert [path.name for path in (tmp_path / "cells").glob("*.json")] == ["pretrain-seed1000.json"]
     before = (tmp_path / "pretrain-seed1000/model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(compare, "write_json", kept)
 

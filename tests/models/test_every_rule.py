@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from aki import AkiConfig, AkiForConditionalGeneration
+from aki.compat import given_cache
 from aki.layout import grid_rings
 
 every_rule = pytest.mark.parametrize("rule", oracle.NAMES)
@@ -122,7 +123,7 @@ def test_a_second_turn_on_the_cache_equals_one_without(model, rule, kind):
     inputs = {name: value[:1] for name, value in prompts().items()} | {"pixel_values": IMAGES[:2]}
     config = model.config.text_config
     cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=80)
-    answered, _ = generate(model, rule, inputs, past_key_values=cache)
+    answered, _ = generate(model, rule, inputs, cache=cache)
     new = answered.shape[1] - inputs["input_ids"].shape[1]
     added = torch.tensor([[-1] * new + [1] * len(MORE)])
     second = {
@@ -132,7 +133,7 @@ def test_a_second_turn_on_the_cache_equals_one_without(model, rule, kind):
         "pixel_values": torch.cat([IMAGES[:2], SECOND_IMAGE]),
     }
     uncached, uncached_logits = generate(model, rule, second, use_cache=False)
-    found, logits = generate(model, rule, second, past_key_values=cache)
+    found, logits = generate(model, rule, second, cache=cache)
     assert torch.equal(found, uncached)
     assert_same(logits, uncached_logits)
     assert_same(logits, stock(model, rule, second, found))
@@ -167,11 +168,11 @@ class TestOwnPositions:
             whole = model(ids, IMAGES[:1], attention_rule="concentric", use_cache=True)
             first = model(ids[:, :-2], IMAGES[:1], attention_rule="concentric", use_cache=True)
             with pytest.raises(ValueError, match="pass position_ids"):
-                model(ids[:, -2:], past_key_values=first.past_key_values, attention_rule="concentric")
+                model(ids[:, -2:], cache=given_cache(first), attention_rule="concentric")
             positions = model.positions_by_rule(ids, attention_rule="concentric")
             rest = model(
                 ids[:, -2:],
-                past_key_values=first.past_key_values,
+                cache=given_cache(first),
                 position_ids=positions[:, -2:],
                 attention_rule="concentric",
             )
@@ -234,13 +235,13 @@ class TestPieces:
     def test_new_ids_alone_behind_a_cache_are_refused(self, model, rule):
         ids = torch.tensor([PROMPTS[2]])
         with torch.no_grad():
-            cache = model(ids, IMAGES[:1], attention_rule=rule, use_cache=True).past_key_values
+            cache = given_cache(model(ids, IMAGES[:1], attention_rule=rule, use_cache=True))
         mask = torch.ones(1, ids.shape[1] + 3, dtype=torch.long)
         with pytest.raises(ValueError, match=rf"the rule '{rule}' needs all tokens, .* none are given"):
             model.generate(
                 torch.tensor([[7, 8, 9]]),
                 attention_mask=mask,
-                past_key_values=cache,
+                cache=cache,
                 attention_rule=rule,
                 max_new_tokens=2,
             )
@@ -253,9 +254,7 @@ class TestPieces:
             first = model(ids, IMAGES[:1], attention_rule="prefix", use_cache=True)
 
             def continued(blocks):
-                return model(
-                    more, past_key_values=first.past_key_values, prompt_block_ids=blocks, attention_rule="prefix"
-                )
+                return model(more, cache=given_cache(first), prompt_block_ids=blocks, attention_rule="prefix")
 
             for given in (None, blocks[:, -2:]):
                 with pytest.raises(ValueError, match="pass the prompt_block_ids of all tokens so far"):

@@ -45,6 +45,12 @@ def prompts(*rows: int) -> dict[str, Tensor]:
     }
 
 
+def pad_blocks(inputs: dict[str, Tensor], sequences: Tensor) -> Tensor:
+    """Prompt blocks of sequences that begin with these inputs: what was generated is answer."""
+    added = sequences.shape[1] - inputs["input_ids"].shape[1]
+    return torch.nn.functional.pad(inputs["prompt_block_ids"], (0, added), value=-1)
+
+
 def generate(model, inputs: dict, **options) -> tuple[Tensor, Tensor]:
     """(sequences, logits of each step), greedy unless asked for otherwise, never stopping early."""
     length = {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
@@ -159,13 +165,25 @@ class TestTurns:
     def test_continued_on_the_cache(self, text, kind):
         model, first = tiny_model(text=text), prompts(0)
         cache = self.cache(model, kind)
-        answered, _ = generate(model, first, past_key_values=cache)
+        answered, _ = generate(model, first, cache=cache)
         second = self.second(first, answered, self.MORE, torch.cat([IMAGES[:2], pictures(1, seed=5)]))
         uncached, uncached_logits = generate(model, second, use_cache=False)
-        found, logits = generate(model, second, past_key_values=cache)
+        found, logits = generate(model, second, cache=cache)
         assert torch.equal(found, uncached)
         assert_same(logits, uncached_logits)
         assert_same(logits, stock_steps(model, second, found))
+
+    @pytest.mark.parametrize("name", ["cache", "past_key_values"])
+    def test_the_cache_goes_by_either_of_its_names(self, name):
+        """That of transformers 5.24 and the one before it, in forward and in generate, under any release."""
+        model, first = tiny_model(), prompts(0)
+        cache = self.cache(model, "dynamic")
+        answered, _ = generate(model, first, **{name: cache})
+        assert cache.get_seq_length() == answered.shape[1] - 1
+        with torch.no_grad():
+            whole = model(answered, first["pixel_values"], prompt_block_ids=pad_blocks(first, answered)).logits[:, -1:]
+            last = model(answered[:, -1:], **{name: cache}).logits
+        assert_same(last, whole)
 
     def test_later_images_do_not_see_earlier_turns_and_earlier_ones_not_later(self):
         model, first = tiny_model(), prompts(0)
@@ -181,22 +199,22 @@ class TestTurns:
         model, first = tiny_model(), prompts(0)
         cache = self.cache(model, "dynamic")
         images = torch.cat([IMAGES[:2], pictures(1, seed=5)])
-        answered, _ = generate(model, first, past_key_values=cache)
+        answered, _ = generate(model, first, cache=cache)
         second = self.second(first, answered, self.MORE, images)
-        answered, _ = generate(model, second, past_key_values=cache)
+        answered, _ = generate(model, second, cache=cache)
         third = self.second(second, answered, [14, 17, 18, 3], images)
         third["prompt_block_ids"][:, -4:] = 2
-        found, logits = generate(model, third, past_key_values=cache)
+        found, logits = generate(model, third, cache=cache)
         assert_same(logits, stock_steps(model, third, found))
 
     def test_only_what_is_new_may_be_passed(self):
         model, first = tiny_model(), prompts(0)
         cache = self.cache(model, "dynamic")
-        answered, _ = generate(model, first, past_key_values=cache)
+        answered, _ = generate(model, first, cache=cache)
         picture = pictures(1, seed=5)
         second = self.second(first, answered, self.MORE, torch.cat([IMAGES[:2], picture]))
         _, wanted_logits = generate(model, second)
-        _, logits = generate(model, second | {"pixel_values": picture}, past_key_values=cache)
+        _, logits = generate(model, second | {"pixel_values": picture}, cache=cache)
         assert_same(logits, wanted_logits)
 
     def test_a_chat_as_the_processor_gives_it(self, make_model, processor, picture):
@@ -208,7 +226,7 @@ class TestTurns:
         start = first["input_ids"].shape[1]
         answered = model.generate(
             **first,
-            past_key_values=cache,
+            cache=cache,
             max_new_tokens=len(answer),
             prefix_allowed_tokens_fn=lambda _, ids: [answer[len(ids) - start]],
         )
@@ -216,7 +234,7 @@ class TestTurns:
         second = processor.apply_chat_template(chat, add_generation_prompt=True, **TOKENIZE)
         assert torch.equal(second["input_ids"][:, : answered.shape[1]], answered)
         assert cache.get_seq_length() == answered.shape[1] - 1
-        found, logits = generate(model, second, past_key_values=cache)
+        found, logits = generate(model, second, cache=cache)
         uncached, uncached_logits = generate(model, second, use_cache=False)
         assert torch.equal(found, uncached)
         assert_same(logits, uncached_logits)
@@ -227,10 +245,10 @@ class TestTurns:
     def test_a_batch_of_chats(self, kind):
         model, first = tiny_model(), prompts(0, 2)
         cache = self.cache(model, kind)
-        answered, _ = generate(model, first, past_key_values=cache)
+        answered, _ = generate(model, first, cache=cache)
         images = torch.cat([IMAGES[:2], pictures(1, seed=5), IMAGES[2:], pictures(1, seed=6)])
         second = self.second(first, answered, self.MORE, images)
-        found, logits = generate(model, second, past_key_values=cache)
+        found, logits = generate(model, second, cache=cache)
         assert_same(logits, stock_steps(model, second, found))
 
 

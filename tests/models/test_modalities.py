@@ -9,6 +9,7 @@ from model_builders import IMAGE, PAD, PER_IMAGE, VISION, assert_same, pad, pict
 from transformers import AutoModel, VoxtralEncoderConfig, Wav2Vec2Config, WhisperConfig
 
 from aki import AkiConfig, AkiForConditionalGeneration
+from aki.compat import given_cache
 
 VIDEO, AUDIO = 4, 6
 FRAMES, LATENTS, MELS, STEPS = 2, 2, 4, 5
@@ -208,7 +209,7 @@ def test_a_second_turn_on_the_cache_encodes_what_is_new_alone():
         model.model.audio_encoder.register_forward_pre_hook(hook),
         model.model.video_encoder.register_forward_pre_hook(hook),
     ):
-        cached = model.generate(**second, **how, past_key_values=answered.past_key_values)
+        cached = model.generate(**second, **how, cache=given_cache(answered))
     assert encoded == [1]
     assert torch.equal(cached.sequences, uncached.sequences)
     assert_same(torch.stack(cached.logits), torch.stack(uncached.logits))

@@ -306,7 +306,7 @@ def test_25_a_start_that_is_no_whole_model_is_named(tiny_recipe, tmp_path, monke
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
-    with pytest.raises(RunError, match="holds an adapter alone: merge it into some/model first"):
+    with pytest.raises(ValueError, match="holds an adapter alone, and its model, some/model, is not there"):
         run(tiny_recipe, tmp_path / "run", start_from=adapter)
     with monkeypatch.context() as patch:
         patch.setattr(stages, "sealed_weights", killed)

@@ -250,6 +250,23 @@ def test_compared_by_the_command(published, recipe, data, tmp_path, capsys):
         assert load(tmp_path / "out" / rule)[0]._aki_unlocked.rule.name == rule
 
 
+def test_data_show_prints_tokens(published, recipe, tmp_path, capsys):
+    recipe = of(recipe, published, "llava")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(beyond_defaults(recipe)))
+    main(["data", "show", str(tmp_path / "mine.yaml"), "--tokens", "--n", "6"])
+    said = capsys.readouterr().out
+    assert "<image> x 4" in said
+    _, processor = load_start(published("llava"))
+    for line in filter(None, said.splitlines()):
+        learned = [token[1:-1] for token in line.partition(": ")[2].split() if token[0] == "[" and token[-1] == "]"]
+        words = processor.tokenizer.convert_tokens_to_string(learned)
+        assert "it is" in words or "one two three" in words, line
+        assert "?" not in words, line
+    with pytest.raises(SystemExit):
+        main(["data", "show", str(tmp_path / "mine.yaml")])
+    assert "add --tokens" in capsys.readouterr().err
+
+
 def test_auto_class_reads_what_was_saved(published, recipe, tmp_path):
     run(of(recipe, published, "idefics3", steps=1, save_every=0), tmp_path / "run")
     model, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "run", output_loading_info=True)

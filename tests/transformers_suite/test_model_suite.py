@@ -10,8 +10,10 @@ from aki import AkiConfig, AkiForConditionalGeneration, AkiModel
 
 common = suite("test_modeling_common")
 configurations = suite("test_configuration_common")
+training = suite("test_training_mixin")
 
-IMAGE, PAD, VOCAB = 7, 0, 99
+# Beyond 20: the suite of training writes the tokens below.
+IMAGE, PAD, VOCAB = 50, 0, 99
 
 
 class Tester:
@@ -21,6 +23,7 @@ class Tester:
     hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 4
     image_size, patch_size, num_channels = 16, 8, 3
     shows = True
+    causal_lm_class = AkiForConditionalGeneration
 
     def __init__(self, parent, connector: str, rule: str):
         self.parent, self.connector, self.rule = parent, connector, rule
@@ -60,7 +63,7 @@ class Tester:
     def prepare_config_and_inputs_for_common(self) -> tuple[AkiConfig, dict[str, torch.Tensor]]:
         config = self.get_config()
         pictures = config.image_seq_length
-        ids = torch.randint(8, VOCAB, (self.batch_size, self.seq_length))
+        ids = torch.randint(8, IMAGE, (self.batch_size, self.seq_length))
         if not self.shows:
             return config, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         ids[:, 1 : 1 + pictures] = IMAGE
@@ -117,6 +120,14 @@ class ResamplerMmaTest(AkiSuite, unittest.TestCase):
     pass
 
 
+class ResamplerCausalTest(AkiSuite, unittest.TestCase):
+    rule = "causal"
+
+
+class MlpMmaTest(AkiSuite, unittest.TestCase):
+    connector = "mlp"
+
+
 class MlpCausalTest(AkiSuite, unittest.TestCase):
     connector, rule = "mlp", "causal"
 
@@ -126,3 +137,15 @@ class ConfigurationTest(unittest.TestCase):
         self.model_tester = Tester(self, "perceiver_resampler", "mma")
         given = {"config_class": AkiConfig, "has_text_modality": False, "image_token_id": IMAGE}
         configurations.ConfigTester(self, **given).run_common_tests()
+
+
+class TrainingTest(training.TrainingTesterMixin, unittest.TestCase):
+    """A fixed batch of text is learned by heart, and said again."""
+
+    @property
+    def model_tester(self):
+        tester = Tester(self, "mlp", "causal")
+        config = tester.get_config()
+        config.vocab_size = VOCAB  # which the suite looks for on top
+        tester.get_config = lambda: config
+        return tester

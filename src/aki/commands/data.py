@@ -27,17 +27,23 @@ class Show:
     """The recipe's last if absent."""
     tiny: bool = False
     """As `aki train --tiny`: small pictures, and a tokenizer of the data's own text."""
+    tokens: bool = False
+    """Print every token instead, those that are learned in [brackets]; works with any model's processor."""
 
     def run(self, overrides: list[str]) -> None:
         from aki.apps.sheet import Shown, draw_sheet
         from aki.models import AkiProcessor
-        from aki.training.view import stage_view
+        from aki.training.view import stage_view, tokens_of
 
         recipe = _recipe(self.recipe, overrides, self.tiny)
         stage = self.stage or recipe.stages[-1]
         view = stage_view(recipe, stage)
+        if self.tokens:
+            for name, line in view.first(self.n, lambda s: (f"{s.source}/{s.id}", tokens_of(view.collator, s))):
+                print(f"{name}: {line}\n")
+            return
         if not isinstance(view.processor, AkiProcessor):
-            raise ValueError("samples of other families are not drawn yet: `aki data check` reads and counts them.")
+            raise ValueError("data show draws what AKI's processor makes: add --tokens to print any other's.")
         shown = view.first(self.n, lambda s: Shown(f"{s.source}/{s.id}", view.collator.encode(s)[0]))
         draw_sheet(shown, view.processor, recipe.stage(stage).rule, self.picture)
         print(f"{len(shown)} samples of {stage} drawn in {self.picture}")

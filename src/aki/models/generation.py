@@ -40,6 +40,10 @@ class AkiGenerationMixin(GenerationMixin):
             if kwargs.get("prompt_block_ids") is None:
                 kwargs["prompt_block_ids"] = torch.zeros(prompt.shape[:2], dtype=torch.long, device=prompt.device)
         self._check_whole(kwargs)
+        cache = given_cache(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        if cache is not None:
+            kwargs[CACHE] = cache
         return super().generate(inputs, *args, **kwargs)
 
     def _check_whole(self, kwargs: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ from aki.models.weights import check_complete, check_depth, check_finite
 
 _CONNECTOR = re.compile(r"project(or|ion)|connector|merger|align|resampler|newline|^embed_(vision|audio)")
 """What families call the modules between encoder and language model."""
+MEDIA_IN_DECODER = "embed_tokens_extend"
+"""What Phi-4-multimodal calls its encoders, which are modules of its decoder."""
 
 
 def described(name: str | Path) -> dict[str, Any]:
@@ -111,7 +113,8 @@ def parameters_of(model: Any) -> dict[str, list[nn.Parameter]]:
     found: dict[str, list[nn.Parameter]] = {"vision_encoder": [], "connector": [], "language_model": []}
     for name, parameter in base.named_parameters():
         is_connector = any(_CONNECTOR.search(piece) for piece in name.split("."))
-        part = "language_model" if id(parameter) in language else "connector" if is_connector else "vision_encoder"
+        is_text = id(parameter) in language and MEDIA_IN_DECODER not in name.split(".")
+        part = "language_model" if is_text else "connector" if is_connector else "vision_encoder"
         found[part].append(parameter)
     return found
 

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from aki.models.other import base_of, connectors_of, decoder_path, model_on_meta, modules_beside_decoder
+from aki.models.other import (
+    MEDIA_IN_DECODER,
+    base_of,
+    connectors_of,
+    decoder_path,
+    model_on_meta,
+    modules_beside_decoder,
+)
 from aki.training.recipe import KINDS_OF_ADAPTERS, AdapterRecipe, QuantizationRecipe, RecipeError
 
 
@@ -50,7 +57,7 @@ def language_linears(model: nn.Module) -> str:
     path = decoder_path(model)
     decoder = base_of(model).get_submodule(path)
     leaves = {name.rpartition(".")[2] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    return rf"{re.escape(path)}\..*\b({'|'.join(sorted(leaves))})"
+    return rf"{re.escape(path)}\.(?!{MEDIA_IN_DECODER}\.).*\b({'|'.join(sorted(leaves))})"
 
 
 def quantization_config(recipe: QuantizationRecipe, folder: str, bf16: bool) -> BitsAndBytesConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from aki.data.digits import DigitScenes
 from aki.data.mixture import Mixture
 from aki.data.schema import Sample
 from aki.data.shards import ShardMixture, ShardSet
+from aki.layout import IGNORE_INDEX
 from aki.models import AkiProcessor
 from aki.training.data import open_samples, stage_collators, texts
 from aki.training.model import build_processor
@@ -46,6 +48,23 @@ class StageView:
         if isinstance(self.samples, DigitScenes):
             return [use(self.samples[index]) for index in range(min(size, len(self.samples)))]
         return self.samples.peek(size, use)
+
+
+def tokens_of(collator: ChatCollator, sample: Sample) -> str:
+    """A sample's tokens as the tokenizer spells them; learned ones in brackets, media as one with their number.
+
+    Raises:
+        BadSample: it cannot be used.
+    """
+    row, _ = collator.encode(sample)
+    media = set(collator.processor.media_token_ids)
+    spelled: list[str] = []
+    ids, learned = row["input_ids"][0].tolist(), (row["labels"][0] != IGNORE_INDEX).tolist()
+    for (token, answer), run in groupby(zip(ids, learned, strict=True)):
+        text, count = collator.processor.tokenizer.convert_ids_to_tokens(token), len(list(run))
+        text = f"[{text}]" if answer else text
+        spelled += [f"{text} x {count}"] if token in media else [text] * count
+    return " ".join(spelled)
 
 
 def stage_view(recipe: Recipe, name: str) -> StageView:

@@ -13,6 +13,7 @@ from aki.data.report import BadSample
 from aki.data.sources.base import Source
 from aki.data.sources.files import Columns, Row, json_lines
 
+_MARK = "<image>"
 ROLES = ("system", "user", "assistant")
 
 
@@ -20,7 +21,8 @@ class Messages(Source):
     """`{"id": ..., "messages": [{"role": ..., "content": ...}, ...], "images": [...]}` a line.
 
     Content is a text or a list of parts. An image part names its picture (`image`, `path`, `url` or `image_url`), or
-    takes the next one of `images`. The id may be left out.
+    takes the next one of `images`; so does each `<image>` in a text, where a line has `images` (the form of
+    LLaMA-Factory and ms-swift). The id may be left out.
     """
 
     COLUMNS: ClassVar[Columns] = {"messages": "string"}
@@ -59,11 +61,22 @@ def plain_messages(messages: list[Row], images: list[Any]) -> list[Row]:
         if message["role"] not in ROLES:
             raise ValueError(f"the role {message['role']!r} is none of {', '.join(ROLES)}")
         content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = _marked(content, bool(images)) if isinstance(content, str) else content
         plain.append({"role": message["role"], "content": [_plain_part(part, waiting) for part in parts]})
     if waiting:
         raise ValueError(f"{len(waiting)} of {len(images)} images have no image part")
     return plain
+
+
+def _marked(text: str, pictures: bool) -> list[Row]:
+    """The parts of a text; where there are pictures, each mark is one, and the line break behind it goes too."""
+    if not pictures or _MARK not in text:
+        return [{"type": "text", "text": text}]
+    first, *rest = text.split(_MARK)
+    parts: list[Row] = [{"type": "text", "text": first}]
+    for words in rest:
+        parts += [{"type": "image"}, {"type": "text", "text": words.removeprefix("\n")}]
+    return [part for part in parts if part["type"] == "image" or part["text"]]
 
 
 def _plain_part(part: Row, waiting: list[Any]) -> Row:
