@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from test_adapter import QUESTIONS, chats, save_loud
 
 from aki.evaluation.lmms import Aki
@@ -68,3 +69,27 @@ def test_beams_end_where_each_alone_would(tiny_recipe, tmp_path):
     docs = [["what?"], ["look " * 6 + "what?"]]
     asked = {"max_new_tokens": 100, "num_beams": 2}
     assert answers(folder, docs, asked, 2) == answers(folder, docs, asked, 1)
+
+
+def test_a_sampled_answer_does_not_depend_on_the_others(tiny_recipe, tmp_path):
+    """Entry 30, of the kind: rows that share a generator draw by who is beside and before them."""
+    folder = save_loud(tiny_recipe, tmp_path / "loud")
+    asked = {"max_new_tokens": 12, "temperature": 1.0}
+    docs = [["what?"], ["is there?"], ["how many?"]]
+    torch.manual_seed(1234)
+    together = answers(folder, docs, asked, 3)
+    torch.manual_seed(1234)
+    assert answers(folder, docs[:1], asked, 1) == together[:1]
+    torch.manual_seed(1234)
+    assert answers(folder, docs, asked, 1) == together
+    torch.manual_seed(7)
+    assert answers(folder, docs, asked, 3) != together
+
+
+def test_one_question_sampled_again_is_another_answer(tiny_recipe, tmp_path):
+    """Entry 30, of the kind: lmms-eval repeats a request to score several answers to it."""
+    model = Aki(save_loud(tiny_recipe, tmp_path / "loud"), batch_size=4)
+    contents, request = chats(["what?"])
+    model.task_dict["t"] = {"test": contents}
+    said = model.generate_until([request(0, {"max_new_tokens": 12, "temperature": 1.0})] * 4)
+    assert len(set(said)) > 1

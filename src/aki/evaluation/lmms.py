@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -36,7 +36,8 @@ _COUNTING_PADDING = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_
 
 
 class Aki(lmms):
-    """Batches sorted by length and padded on the left, greedy unless the task asks for something else.
+    """Batches sorted by length and padded on the left, greedy unless the task asks for something else;
+    what it samples is answered alone, by a seed of lmms-eval's seed and the request.
 
     Args:
         pretrained: a folder or a hub id.
@@ -94,6 +95,8 @@ class Aki(lmms):
         """The answers, in the requests' order; what is in the cache is not computed again."""
         texts: list[str] = [""] * len(requests)
         keys: dict[int, str] = {}
+        seeds: dict[int, int] = {}
+        drawn: Counter[str] = Counter()
         groups: dict[str, list[int]] = defaultdict(list)
         for position, request in enumerate(requests):
             if request.metadata.get("__padding_only__"):
@@ -102,6 +105,10 @@ class Aki(lmms):
             decoding = decoding_of(asked, self.limit_new_tokens)
             if self.cache.file and not decoding["do_sample"]:
                 keys[position] = key_of(self._decided_by(task, split), doc_id, context, decoding, asked.get("until"))
+            if decoding["do_sample"]:
+                again = key_of(torch.initial_seed(), context, doc_id, task, split, decoding)
+                seeds[position] = int(key_of(again, drawn[again])[:15], 16)
+                drawn[again] += 1
             found = self.cache.get(keys.get(position, ""))
             if found is None:
                 groups[key_of(decoding)].append(position)
@@ -109,7 +116,12 @@ class Aki(lmms):
                 texts[position] = found
         with tqdm(total=sum(map(len, groups.values())), disable=self._rank != 0, desc="answers", unit="answer") as bar:
             for batch, inputs in self._prepared(requests, groups):
-                answers = self._answer(inputs, [requests[i] for i in batch])
+                # What is sampled comes alone, and draws by a seed of its own.
+                devices = [self.device] if self.device.type == "cuda" else []
+                with torch.random.fork_rng(devices, enabled=batch[0] in seeds):
+                    if batch[0] in seeds:
+                        torch.manual_seed(seeds[batch[0]])
+                    answers = self._answer(inputs, [requests[i] for i in batch])
                 for position, answer in zip(batch, answers, strict=True):
                     texts[position] = answer
                 self.cache.add({keys[i]: texts[i] for i in batch if i in keys})
@@ -157,6 +169,8 @@ class Aki(lmms):
         switch = getattr(self.model.config.get_text_config(), "original_max_position_embeddings", None)
         if len(lengths) == 1:
             return True
+        if decoding["do_sample"]:
+            return False
         if switch is not None and max(lengths) + max(budgets) > switch:
             return False
         if decoding.get("num_beams", config.num_beams or 1) > 1 and len(set(budgets)) > 1:
