@@ -54,7 +54,7 @@ def test_a_long_prompt_does_not_switch_the_others_rope(longrope):
 
 @pytest.mark.parametrize(
     ("asked", "generation"),
-    [({"repetition_penalty": 5.0}, {}), ({}, {"repetition_penalty": 5.0}), ({}, {"no_repeat_ngram_size": 1})],
+    [({"repetition_penalty": 1000.0}, {}), ({}, {"repetition_penalty": 1000.0}), ({}, {"no_repeat_ngram_size": 1})],
 )
 def test_penalties_do_not_count_padding(tiny_recipe, tmp_path, asked, generation):
     """Entry 30, of the kind: a token that pads the row is none that it said."""
