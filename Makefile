@@ -6,8 +6,9 @@ SUITES := .transformers/transformers-$(TRANSFORMERS)/tests
 # The newest Python at hand of those that aki runs under, on the PATH or pyenv's.
 NEWEST_PYTHON ?= $(shell for v in 3.13 3.12 3.11; do for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v*/bin/python; do \
 	"$$p" -c "import sys; sys.exit(not sys.version.startswith('$$v'))" 2>/dev/null && echo "$$p" && exit; done; done; echo python3)
-# What may depend on a version; the slow tests, and those of a browser, are left to the main suite.
-BY_VERSION := tests/test_versions.py tests/attention tests/models tests/training tests/apps
+# What may depend on a version; the slow tests, and those of torch alone, are left to the main suite.
+BY_VERSION := tests/test_versions.py tests/attention tests/models tests/training tests/apps \
+	$(patsubst %,--ignore=tests/attention/test_%.py,rules rules_page segments segment_attention varlen)
 CPU_THREADS := $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: install quickstart digits browser test test-oldest test-newest suites test-slow test-vllm lint bench-step masks clean
@@ -74,7 +75,7 @@ test-slow: install
 # vLLM built for CPU wants the transformers that it pins, and so an environment of its own.
 VLLM := .venv-vllm/bin
 test-vllm: .venv-vllm/installed
-	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/vllm_plugin
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -W ignore::FutureWarning tests/vllm_plugin  # vLLM's own
 
 .venv-vllm/installed: pyproject.toml constraints-vllm.txt tests/vllm_plugin/torchvision_operators.py
 	rm -rf .venv-vllm && $(PYTHON) -m venv .venv-vllm

@@ -107,6 +107,7 @@ def test_training_gives_the_gradients_of_the_dense_mask():
     same_gradients(build("segments"), build("sdpa"))
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # for another name of the same
 def test_gradient_checkpointing_changes_nothing():
     ours = build("segments")
     ours.gradient_checkpointing_enable()

@@ -138,6 +138,7 @@ def test_a_copy_is_unlocked_by_itself(model, inputs):
     assert not torch.allclose(logits(model, inputs), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # for another name of the same
 def test_gradient_checkpointing_changes_nothing(model, inputs):
     labels = inputs["input_ids"].clone()
     labels[:, :-2] = -100

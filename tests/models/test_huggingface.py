@@ -264,7 +264,6 @@ class TestTraining:
         for name, tensor in whole.items():
             torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
-    @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # for another name of the same
     @pytest.mark.parametrize("text", ["llama", "phi3", "gemma3"])
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_gradient_checkpointing_changes_no_gradient(self, make_model, text, use_reentrant, batch):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForMultimodalLM,
+    AutoProcessor,
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
@@ -170,12 +173,18 @@ FAMILIES = {one.__name__: one for one in (llava, idefics3, gemma3, llava_next, p
 
 def write_model(family: str, folder: Path) -> Path:
     """A random model of a family in a folder, as it would be published: no rule in it."""
-    config, processor = FAMILIES[family]()
+    try:
+        config, processor = FAMILIES[family]()
+        processor.save_pretrained(folder)
+        AutoProcessor.from_pretrained(folder)
+    except ImportError as error:
+        if "Torchvision" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} prepares pictures of {family} with torchvision alone")
     torch.manual_seed(0)
     model = AutoModelForMultimodalLM.from_config(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.1)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
     return folder

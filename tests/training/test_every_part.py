@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from test_global_batch import assert_same
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, SiglipVisionConfig, WhisperConfig
+from transformers import LlamaConfig, SiglipVisionConfig, TrainingArguments, WhisperConfig
 from two_processes import on_two
 
 from aki import AkiConfig, AkiForConditionalGeneration
@@ -84,12 +84,18 @@ def test_12_7_a_placeholder_without_its_picture_is_still_an_error(omni):
 
 TEXT_ONLY = {"on one of two": {2, 3, 6, 7}, "on both": set(range(8)), "in one of two accumulated": {1, 2, 5, 6}}
 
+# Its name before transformers 5.23, which those after it deprecate.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
 
 WAYS = {
     "plain": {},
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {CHECKPOINTING: True},
     # As transformers' own Trainer does it, where a parameter without a gradient ends the run.
-    "no search": {"activation_checkpointing": True, "ddp_find_unused_parameters": False, "frozen": ["vision_encoder"]},
+    "no search": {CHECKPOINTING: True, "ddp_find_unused_parameters": False, "frozen": ["vision_encoder"]},
 }
 
 

@@ -106,7 +106,7 @@ class AkiTrainer(Trainer):
         saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
 
-    def _run_epoch(self, *args, resume_from_checkpoint: str | None = None, **kwargs) -> None:
+    def _run_epoch(self, *, epoch: int, epochs_trained: int, resume_from_checkpoint: str | None, **kwargs) -> None:
         """As the Trainer's, which forgets the loss since the last log, and takes a step after the last one, when it
         resumes."""
         if self.state.global_step >= self.state.max_steps:
@@ -114,11 +114,13 @@ class AkiTrainer(Trainer):
             return
         if resume_from_checkpoint is not None:
             unlogged = Path(resume_from_checkpoint) / f"unlogged-{self.args.process_index}.json"
-            if self.state.global_step == self._initial_global_step and unlogged.exists():
+            if epoch == epochs_trained and unlogged.exists():
                 found = json.loads(unlogged.read_text())
                 self._tr_loss += found["loss"]
                 self._globalstep_last_logged = found["since"]
-        super()._run_epoch(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        super()._run_epoch(
+            epoch=epoch, epochs_trained=epochs_trained, resume_from_checkpoint=resume_from_checkpoint, **kwargs
+        )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
         started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -152,13 +153,16 @@ def test_an_unlocked_model_of_transformers(llava_folder, tmp_path):
         [message("what is this?", url), {"role": "assistant", "content": "two"}, message("and this?")],
         [message("what?")],
     ]
-    wanted = [unlocked_answer(engine.model, engine.processor, chat) for chat in chats]
+    # Old releases of transformers write into the messages that they are given.
+    wanted = [unlocked_answer(engine.model, engine.processor, copy.deepcopy(chat)) for chat in chats]
     with running(engine) as port:
         ask = client(port).chat.completions.create
         said = [ask(model="llava", messages=chat, max_tokens=12).choices[0].message.content for chat in chats]
     assert said == wanted
     aki.lock(engine.model)
-    assert unlocked_answer(engine.model, engine.processor, chats[0]) != wanted[0], "the rule makes no difference here"
+    assert unlocked_answer(engine.model, engine.processor, copy.deepcopy(chats[0])) != wanted[0], (
+        "the rule makes no difference here"
+    )
     aki.unlock(engine.model)
     engine.model.save_pretrained(tmp_path / "kept")
     engine.processor.save_pretrained(tmp_path / "kept")
