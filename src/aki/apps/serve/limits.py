@@ -19,7 +19,7 @@ class Limits:
     max_batch: int = 32
     """Requests that are answered together."""
     max_waiting: int = 64
-    """Requests that wait for the model; more are sent away with 429."""
+    """Requests that wait for the model, with images three quarters of it at most; more are sent away with 429."""
     patience: float = 20.0
     """Seconds that a client may take to send a request, or to take in the next piece of its answer."""
 
