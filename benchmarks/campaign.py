@@ -30,7 +30,7 @@ PARTS = (
     Part("requests, 300 in 1,000 hung up on", "campaign_requests", 1000, 60),
     Part("mutated pictures", "campaign_pictures", 300, 100),
     Part("mutated shards", "campaign_shards", 200, 60),
-    Part("kills and damaged checkpoints", "campaign_kills", 20, 2),
+    Part("kills and damaged checkpoints, in turn", "campaign_kills", 40, 2),
     Part("layouts", "campaign_layouts", 1000, 60),
 )
 

@@ -132,7 +132,8 @@ class TestPage:
         page.locator("#message").wait_for(state="hidden")
         page.locator("#question textarea").fill("what is <image>?")
         page.locator("#ask").click()
-        page.get_by_text("<image> tokens").wait_for()
+        page.locator("#question-words label").first.wait_for()
+        assert page.locator("#message").is_hidden(), "a mark that somebody types is text"
 
     def test_a_pasted_picture(self, page, scene):
         """Ctrl+V where somebody types; once more, over the picture that is there."""
