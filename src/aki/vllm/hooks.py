@@ -4,13 +4,16 @@ configuration each hands on as if it were not there.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+from aki.models.plain_text import mended
 from aki.vllm import settings
+from aki.vllm.chats import Chats
 from aki.vllm.prompts import Prompt, PromptReader
 from aki.vllm.steps import Steps, request_inputs
 
@@ -65,6 +68,9 @@ def attach() -> None:
     around(EngineCore, "__init__", ("self", "vllm_config"), _start_engine)
     around(kv_cache_utils, "_gen_mm_extra_hash_keys", _NAME, _name_block)
     around(renderer, "_try_get_processor_chat_template", ("tokenizer",), _template)
+    around(renderer.HfRenderer, "__init__", ("self", "config", "tokenizer"), _start_renderer)
+    around(renderer.HfRenderer, "render_messages", ("self", "messages", "params"), _render)
+    around(renderer.HfRenderer, "render_messages_async", ("self", "messages", "params"), _render_async)
     for runner in _runners():
         around(runner, "load_model", ("self", "load_dummy_weights"), _load)
         around(runner, "initialize_kv_cache", ("self", "kv_cache_config"), _look_at_cache)
@@ -97,15 +103,25 @@ def _runners() -> list[type]:
 
 
 def make_reader(vllm_config: Any) -> PromptReader | None:
-    """None where no request of this engine can be under a rule."""
+    """None where no request of this engine can be under a rule.
+
+    Raises:
+        CannotServe: nothing would say where answers are.
+    """
     rule = settings.rule_of(vllm_config)
     if rule is None:
         return None
+    from transformers import PreTrainedTokenizerBase
     from vllm.tokenizers import cached_tokenizer_from_config
 
     model = vllm_config.model_config
-    own = settings.own_rule(vllm_config)
-    return PromptReader(model.hf_config, rule, cached_tokenizer_from_config(model), own)
+    tokenizer = cached_tokenizer_from_config(model)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise settings.CannotServe(
+            "the answers of earlier turns, which no picture may see, are found by a tokenizer of transformers, and this "
+            "engine has none: start vLLM with --tokenizer-mode hf and without --skip-tokenizer-init."
+        )
+    return PromptReader(model.hf_config, rule, tokenizer, settings.own_rule(vllm_config))
 
 
 def _reader_of(owner: Any) -> PromptReader | None:
@@ -161,6 +177,30 @@ def _template(original: Any, *args: Any, **kwargs: Any) -> Any:
     """Of several templates in a processor, which vLLM takes for one, that for chats."""
     found = original(*args, **kwargs)
     return found.get("default") if isinstance(found, dict) else found
+
+
+def _start_renderer(original: Any, self: Any, config: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+    reader = make_reader(config)
+    self._aki_chats = None
+    if reader is not None:
+        # Others hold the one that was given; of this one vLLM makes copies for its threads.
+        tokenizer = copy.deepcopy(tokenizer)
+        self._aki_chats = Chats(tokenizer, reader.marks)
+    original(self, config, tokenizer, *args, **kwargs)
+
+
+def _render(original: Any, self: Any, messages: Any, params: Any) -> Any:
+    if self._aki_chats is None:
+        return original(self, messages, params)
+    conversation, prompt = original(self, self._aki_chats.as_text(messages, params.chat_template), params)
+    return mended(conversation), prompt
+
+
+async def _render_async(original: Any, self: Any, messages: Any, params: Any) -> Any:
+    if self._aki_chats is None:
+        return await original(self, messages, params)
+    conversation, prompt = await original(self, self._aki_chats.as_text(messages, params.chat_template), params)
+    return mended(conversation), prompt
 
 
 def _schedule(

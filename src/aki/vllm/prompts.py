@@ -124,7 +124,9 @@ class PromptReader:
         else:
             self.media_token_ids = media_token_ids(config)
             self.scope_token_ids, self.answer_token_id = scope_token_ids(tokenizer), None
-        self.marks = AnswerMarks.of(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+        self.marks = (
+            AnswerMarks.of(tokenizer, told_from_text=True) if getattr(tokenizer, "chat_template", None) else None
+        )
 
     def rule_for(self, adapter: str | None) -> Rule:
         """The rule that an adapter's folder names, else the model's."""
