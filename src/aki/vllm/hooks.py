@@ -118,8 +118,8 @@ def make_reader(vllm_config: Any) -> PromptReader | None:
     tokenizer = cached_tokenizer_from_config(model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise settings.CannotServe(
-            "the answers of earlier turns, which no picture may see, are found by a tokenizer of transformers, and this "
-            "engine has none: start vLLM with --tokenizer-mode hf and without --skip-tokenizer-init."
+            "the answers of earlier turns, which no picture may see, are found by a tokenizer of transformers, and "
+            "this engine has none: start vLLM with --tokenizer-mode hf and without --skip-tokenizer-init."
         )
     return PromptReader(model.hf_config, rule, tokenizer, settings.own_rule(vllm_config))
 
