@@ -9,7 +9,7 @@ _vllm = find_spec("vllm")
 # This folder's own name is found too, and has no file.
 if _vllm is None or _vllm.origin is None:
     # `make test-vllm` makes an environment that has it; test_vllm_prompts.py runs in any.
-    collect_ignore = [f"test_{name}.py" for name in ("families", "engine", "refused", "vllm_server")]
+    collect_ignore = [f"test_{name}.py" for name in ("families", "engine", "refused", "vllm_server", "vllm_eval")]
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
