@@ -102,7 +102,9 @@ class Reference:
 
     def answer(self, question: Question, rule: str | None, new_tokens: int = NEW_TOKENS) -> Answer:
         self.lay(rule)
-        inputs = self.inputs(question)
+        return self.generated(self.inputs(question), new_tokens)
+
+    def generated(self, inputs: dict[str, Any], new_tokens: int) -> Answer:
         out = self.model.generate(
             **inputs, max_new_tokens=new_tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
