@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -102,12 +103,23 @@ def _runners() -> list[type]:
     return [FirstRunner, SecondRunner, CPUModelRunner]
 
 
-def make_reader(vllm_config: Any) -> PromptReader | None:
+_READERS: dict[int, PromptReader | None] = {}
+"""By the id of the configuration, which cannot be a key: what the scheduler read the worker beside it need not."""
+
+
+def reader_of(vllm_config: Any) -> PromptReader | None:
     """None where no request of this engine can be under a rule.
 
     Raises:
         CannotServe: nothing would say where answers are.
     """
+    if id(vllm_config) not in _READERS:
+        _READERS[id(vllm_config)] = _make_reader(vllm_config)
+        weakref.finalize(vllm_config, _READERS.pop, id(vllm_config), None)
+    return _READERS[id(vllm_config)]
+
+
+def _make_reader(vllm_config: Any) -> PromptReader | None:
     rule = settings.rule_of(vllm_config)
     if rule is None:
         return None
@@ -124,12 +136,6 @@ def make_reader(vllm_config: Any) -> PromptReader | None:
     return PromptReader(model.hf_config, rule, tokenizer, settings.own_rule(vllm_config))
 
 
-def _reader_of(owner: Any) -> PromptReader | None:
-    if not hasattr(owner, "_aki_reader"):
-        owner._aki_reader = make_reader(owner.vllm_config)
-    return owner._aki_reader
-
-
 def _configure(original: Any, self: Any) -> None:
     fresh = self.model_config is not None and not getattr(self.model_config, "config_updated", False)
     original(self)
@@ -140,7 +146,7 @@ def _configure(original: Any, self: Any) -> None:
 def _start_engine(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     """Requests get the names of their blocks from a hasher, which is told here whose they are."""
     original(self, vllm_config, *args, **kwargs)
-    reader, hasher = make_reader(vllm_config), self.request_block_hasher
+    reader, hasher = reader_of(vllm_config), self.request_block_hasher
     if reader is None or hasher is None:
         return
 
@@ -180,7 +186,7 @@ def _template(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _start_renderer(original: Any, self: Any, config: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
-    reader = make_reader(config)
+    reader = reader_of(config)
     self._aki_chats = None
     if reader is not None:
         # Others hold the one that was given; of this one vLLM makes copies for its threads.
@@ -213,7 +219,7 @@ def _schedule(
     **kwargs: Any,
 ) -> Any:
     """What a picture is shown with is computed in one step: a step that would end within it ends before it."""
-    reader = _reader_of(self)
+    reader = reader_of(self.vllm_config)
     prompt = None if reader is None else _prompt(reader, request)
     whole = settings.keeps_prompts_whole(self.vllm_config)
     while True:
@@ -228,7 +234,7 @@ def _schedule(
 def _load(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """The runner's attention layers do their rows again."""
     original(self, *args, **kwargs)
-    reader = make_reader(self.vllm_config)
+    reader = reader_of(self.vllm_config)
     if reader is None or getattr(self, "_aki_steps", None) is not None:
         return
     from aki.vllm.layers import lay_layers
