@@ -41,8 +41,10 @@ def kind_of(name: str | Path) -> str | None:
 
 
 def _merged(folder: str | Path, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
-    from peft import PeftModel
-
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise RuntimeError(f"{folder} holds an adapter, which PEFT opens: pip install 'aki-mma[adapter]'.") from error
     model, _ = load_any(str(adapter_of(folder)), dtype, **options)
     merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     rule = rule_of_adapter(folder)
