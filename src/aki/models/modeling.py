@@ -26,9 +26,10 @@ from aki.models.generation import AkiGenerationMixin
 from aki.models.heads import new_head, scale_logits
 from aki.models.loading import check_before, check_loaded
 from aki.models.outputs import AkiModelOutput, AkiOutput
+from aki.models.remote import ImportedCode
 
 
-class AkiPreTrainedModel(PreTrainedModel):
+class AkiPreTrainedModel(ImportedCode, PreTrainedModel):
     config: AkiConfig
     config_class = AkiConfig
     base_model_prefix = "model"

@@ -162,7 +162,7 @@ def model_on_meta(name: str | Path) -> PreTrainedModel:
     base = adapter_of(name)
     if base is not None:
         return model_on_meta(base)
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     with torch.device("meta"):
         return (
             AutoModelForMultimodalLM.from_config(config)
