@@ -63,6 +63,12 @@ class AkiPreTrainedModel(ImportedCode, PreTrainedModel):
                 connector._attn_implementation_internal = before[name]
             raise
 
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """As transformers', with a card of what is known of the model."""
+        from aki.models.publishing import push  # it knows of all models, this one among them
+
+        return push(self, repo_id, **options)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.language_model.get_input_embeddings()
 
