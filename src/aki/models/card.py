@@ -81,9 +81,7 @@ def card_of(about: dict[str, Any], name: str, folder: Path | None = None, licens
         "## Measured",
         *_measured(stages[-1] if stages else None),
         "## Licence",
-        f"{license}."
-        if license
-        else "Not stated. Whoever publishes it states it, as `license:` at the top of this page.",
+        f"{license}." if license else "Not stated: that is the publisher's, as `license:` at the top of this page.",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
@@ -139,7 +137,7 @@ def _about(bases: list[str], rule: str, stages: list[Stage]) -> Iterator[tuple[s
     yield "attention rule", f"`{rule}`: {what}"
     if stages:
         yield "parameters", f"{stages[-1].result['parameters']:,}"
-    yield "code", "[aki-mma](https://pypi.org/project/aki-mma/), imported as `aki`"
+    yield "code", "the Python package `aki-mma`, imported as `aki`"
 
 
 def _loading(name: str, rule: str, is_aki: bool, base: str | None) -> str:
@@ -196,10 +194,8 @@ def _data(stages: list[Stage]) -> list[str]:
             reasons = ", ".join(f"{reason}: {count:,}" for reason, count in tally["skipped"].items())
             bad = sum(tally["skipped"].values())
             rows.append((name, source, f"{tally['drawn']:,}", f"{bad:,}", reasons))
-    said = (
-        [f"{skipped:,} of {drawn:,} samples ({skipped / drawn:.2%}) could not be used, and were not."] if drawn else []
-    )
-    return [_table(("stage", "source", "samples drawn", "unusable", "why"), rows), *said]
+    table = _table(("stage", "source", "samples drawn", "unusable", "why"), rows)
+    return [table, f"{skipped:,} of {drawn:,} samples ({skipped / drawn:.2%}) could not be used."] if drawn else [table]
 
 
 def _sources(stage: Stage) -> list[dict[str, Any]]:
@@ -215,20 +211,11 @@ def _measured(stage: Stage | None) -> list[str]:
     test = stage.result.get("test")
     if test is None:
         return ["Nothing was held out to measure it by."]
-    rows = [
-        ("all" if skill == "accuracy" else skill.replace("_", " "), f"{100 * value:.1f}")
-        for skill, value in test.items()
-    ]
-    asked = stage.result.get("held_out")
-    of = (
-        f" Asked {asked['test']:,} held-out questions of {', '.join(asked['sources'])}. {asked['skipped']}."
-        if asked
-        else ""
-    )
-    return [
-        f"Held-out accuracy in percent, of one training, so without an interval.{of}",
-        _table(("", "accuracy"), rows),
-    ]
+    names = {skill: "all" if skill == "accuracy" else skill.replace("_", " ") for skill in test}
+    said = "Held-out accuracy in percent, of one training, so without an interval."
+    if (asked := stage.result.get("held_out")) is not None:
+        said += f" Asked {asked['test']:,} questions of {', '.join(asked['sources'])}. {asked['skipped']}."
+    return [said, _table(("", "accuracy"), [(names[skill], f"{100 * value:.1f}") for skill, value in test.items()])]
 
 
 def _comparison(stage: Stage) -> str | None:

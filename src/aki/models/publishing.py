@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -49,7 +49,7 @@ PUBLISHED = (
     "additional_chat_templates/*.jinja",
     LOADER.name,
 )
-"""All that a model's folder is made of. Whatever else lies there (optimizer states, logs, pictures, keys) stays here."""
+"""All that a model is made of. Whatever else lies in its folder (optimizer states, logs, pictures, keys) stays here."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def pack_folder(folder: Path, name: str, license: str | None = None) -> Parcel:
     if kind_of(folder) == AkiConfig.model_type and adapter_of(folder) is None:
         shutil.copyfile(LOADER, folder / LOADER.name)
     wrote_card = not (folder / CARD).exists()
-    card = folder_card(folder, name, license) if wrote_card else ModelCard.load(folder / CARD)
+    card: Any = folder_card(folder, name, license) if wrote_card else ModelCard.load(folder / CARD)
     if license is not None:
         card.data.license = license
     if wrote_card or license is not None:
@@ -117,28 +117,40 @@ def upload(parcel: Parcel, private: bool = False, api: HfApi | None = None) -> s
     return str(repository)
 
 
-def push(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any) -> str:
+def push(
+    model: Any,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload model",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: Iterable[str] | None = None,
+) -> str:
     """What an AKI model's `push_to_hub` does: transformers' own would write a card that says nothing.
 
     The card tells of the run that the model was loaded from where these are still its weights, else of its
     configuration alone. One that is on the hub is kept.
-
-    Args:
-        options: commit_message, commit_description, private, token, revision, create_pr, tags.
     """
-    api = HfApi(token=options.get("token"))
-    repository = api.create_repo(repo_id, private=options.get("private"), exist_ok=True)
+    api = HfApi(token=token)
+    repository = api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if not api.file_exists(repository.repo_id, CARD):
-            card = card_of(model.config.to_dict(), repository.repo_id, _run_of(model, folder))
-            card.data.tags = [*card.data.tags, *(options.get("tags") or ())]
+            card: Any = card_of(model.config.to_dict(), repository.repo_id, _run_of(model, folder))
+            card.data.tags += tags or ()
             card.save(folder / CARD)
-        given = ("commit_message", "commit_description", "revision", "create_pr")
-        chosen = {name: options[name] for name in given if options.get(name) is not None}
         commit = api.upload_folder(
-            repo_id=repository.repo_id, folder_path=folder, **{"commit_message": "Upload model"} | chosen
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
         )
     return str(commit)
 

@@ -128,7 +128,7 @@ def check_finished(output: Path) -> None:
         _check_model(output, json.loads((output / RESULT).read_text()))
     except DamagedError as error:
         raise RunError(
-            f"{error}. Train it again, or take out {output / RESULT}, which tells of other weights."
+            f"{error}. Train it again, or delete {output / RESULT}, which tells of other weights."
         ) from error
 
 
