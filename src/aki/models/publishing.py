@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import httpx
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
@@ -52,6 +53,10 @@ PUBLISHED = (
 """All that a model is made of. Whatever else lies in its folder (optimizer states, logs, pictures, keys) stays here."""
 
 
+_FORM = "# Model Card for Model ID"
+"""The title of a card that nobody has filled in."""
+
+
 @dataclass(frozen=True)
 class Parcel:
     """What `aki publish` uploads.
@@ -59,7 +64,7 @@ class Parcel:
     Attributes:
         files: name -> bytes.
         left: names in the folder that stay here.
-        wrote_card: False where there was one, which is kept.
+        wrote_card: False where there was one that somebody wrote, which is kept.
         license: what the card states; None where it states none.
     """
 
@@ -89,7 +94,7 @@ def pack_folder(folder: Path, name: str, license: str | None = None) -> Parcel:
     _check(folder)
     if kind_of(folder) == AkiConfig.model_type and adapter_of(folder) is None:
         shutil.copyfile(LOADER, folder / LOADER.name)
-    wrote_card = not (folder / CARD).exists()
+    wrote_card = not _has_card(folder)
     card: Any = folder_card(folder, name, license) if wrote_card else ModelCard.load(folder / CARD)
     if license is not None:
         card.data.license = license
@@ -105,15 +110,24 @@ def upload(parcel: Parcel, private: bool = False, api: HfApi | None = None) -> s
 
     Args:
         private: who may see a repository that is made now; one that is there stays as it is.
+
+    Raises:
+        ConnectionError: the hub is not there, or does not take it.
     """
     api = api or HfApi()
-    repository = api.create_repo(parcel.name, private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repository.repo_id,
-        folder_path=parcel.folder,
-        allow_patterns=list(parcel.files),
-        commit_message="Upload the model",
-    )
+    try:
+        repository = api.create_repo(parcel.name, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=parcel.folder,
+            allow_patterns=list(parcel.files),
+            commit_message="Upload the model",
+        )
+    except (httpx.HTTPError, OSError) as error:
+        raise ConnectionError(
+            f"the hub did not take {parcel.name}: {error} (Who may write there logs in with `hf auth login`, or sets "
+            "HF_TOKEN.)"
+        ) from error
     return str(repository)
 
 
@@ -163,6 +177,11 @@ def _run_of(model: Any, saved: Path) -> Path | None:
     weights = json.loads(result.read_text()).get("weights") or {}
     same = all((saved / name).is_file() and checksum(saved / name) == digest for name, (_, digest) in weights.items())
     return result.parent if weights and same else None
+
+
+def _has_card(folder: Path) -> bool:
+    """PEFT leaves a form."""
+    return (folder / CARD).exists() and _FORM not in (folder / CARD).read_text()
 
 
 def _published(folder: Path) -> Iterator[str]:
