@@ -1,25 +1,24 @@
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
+from aki import recipes
 from aki.training.recipe import RecipeError, load_recipe
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def write(tmp_path, change):
-    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    values = yaml.safe_load((recipes.FOLDER / "digits.yaml").read_text())
     change(values)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
-def test_every_recipe_of_the_repository_loads(name):
-    recipe = load_recipe(RECIPES / name)
+@pytest.mark.parametrize("name", [name for name in recipes.names() if "/" not in name])
+def test_every_recipe_of_ours_loads_by_its_name(name):
+    recipe = load_recipe(name)
+    assert recipe == load_recipe(recipes.FOLDER / f"{name}.yaml")
     assert recipe.pretrain.rule == "causal"
     assert isinstance(recipe.sft.learning_rate, float)
 
@@ -51,7 +50,19 @@ def test_a_wrong_recipe_is_a_sentence_with_the_file(tmp_path, change, message):
     assert str(path) in str(error.value)
 
 
-def test_no_file_and_no_yaml(tmp_path):
+def test_a_file_goes_before_a_name_and_a_folder_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits-depth").mkdir()
+    assert load_recipe("digits-depth").name == "digits-depth"
+    write(tmp_path, lambda values: values.update(name="mine")).rename(tmp_path / "digits")
+    assert load_recipe("digits").name == "mine"
+    assert load_recipe("aki-4b/sft").name == "aki-4b-sft"
+
+
+def test_no_file_no_name_and_no_yaml(tmp_path):
+    ours = r"aki-4b/pretrain, aki-4b/sft, digits, digits-depth, digits-table1"
+    with pytest.raises(RecipeError, match=rf"there is no recipe at digitz, and aki's own are {ours}"):
+        load_recipe("digitz")
     with pytest.raises(RecipeError, match="there is no recipe at"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1")
@@ -82,7 +93,7 @@ def test_numbers_as_yaml_writes_them(tmp_path):
     ],
 )
 def test_data_of_a_stage(tmp_path, change, message):
-    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    values = yaml.safe_load((recipes.FOLDER / "digits.yaml").read_text())
     values["sft"] |= {"eval_every": 0} | change
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -108,7 +119,7 @@ def test_numbers_of_a_run(tmp_path, field, value):
     ],
 )
 def test_what_is_held_out(tmp_path, data, message):
-    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    values = yaml.safe_load((recipes.FOLDER / "digits.yaml").read_text())
     learned = [{"kind": "gqa", "annotations": "a"}, {"kind": "datasets", "annotations": "d"}]
     values["sft"] |= {"eval_every": 5, "sources": learned}
     values["data"] |= data
@@ -122,7 +133,7 @@ def test_what_is_held_out(tmp_path, data, message):
 
 
 def test_one_stage_is_a_recipe_and_none_is_not(tmp_path):
-    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    values = yaml.safe_load((recipes.FOLDER / "digits.yaml").read_text())
     del values["pretrain"]
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))

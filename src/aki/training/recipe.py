@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from aki import recipes
 from aki.attention import BACKENDS, get_rule
 from aki.data.augment import Augment
 from aki.data.orders import ORDERS
@@ -394,14 +395,17 @@ class RecipeError(ValueError):
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe.
 
+    Args:
+        path: a YAML file, or the name of one of aki's own recipes.
+
     Raises:
         RecipeError: no such file, not YAML, an unknown key (the nearest one is named), a missing one, a wrong type.
     """
-    path = Path(path)
+    path = recipes.path_of(path)
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe at {path}.") from None
+        raise RecipeError(f"there is no recipe at {path}, and aki's own are {', '.join(recipes.names())}.") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     try:
