@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aki.attention import segments
 from aki.attention.kernels import no_kernel
-from aki.attention.segments import Segment
 from aki.vllm.prompts import Opening, Span
 
 
@@ -47,20 +47,20 @@ class Rows:
     def stop(self) -> int:
         return self.first + self.queries.stop - self.queries.start
 
-    def segment(self, cached_at: int) -> Segment:
+    def segment(self, cached_at: int) -> segments.Segment:
         """For a kernel that takes sequences of several lengths.
 
         Args:
             cached_at: where keys of earlier steps begin, if there are any, behind those of the step's tokens.
         """
         step = self.tokens.start - self.cached
-        keys = list[Span]()
+        keys = list[segments.Span]()
         for first, stop in self.keys:
             for place, begin, end in ((cached_at, 0, self.cached), (step, self.cached, self.tokens.stop - step)):
                 if max(first, begin) < min(stop, end):
-                    keys.append((place + max(first, begin), place + min(stop, end)))
-        queries = (self.queries.start, self.queries.stop)
-        return Segment(0, 0, (queries,), tuple(keys), not self.opening.whole)
+                    keys.append(segments.Span(place + max(first, begin), place + min(stop, end)))
+        queries = segments.Span(self.queries.start, self.queries.stop)
+        return segments.Segment(0, 0, (queries,), tuple(keys), not self.opening.whole)
 
     def mask(self, window: int | None, device: torch.device) -> Tensor:
         """(queries, keys) bool. Behind itself a query sees what is within the layer's window, ahead what is opened."""

@@ -161,9 +161,9 @@ class Steps:
         output: Tensor,
     ) -> None:
         for place, rows in enumerate(self.rows or ()):
-            own = key[rows.tokens], value[rows.tokens]
+            own = [key[rows.tokens], value[rows.tokens]]
             if rows.row in past:
-                own = tuple(torch.cat(pair) for pair in zip(past[rows.row], own, strict=True))
+                own = [torch.cat(pair) for pair in zip(past[rows.row], own, strict=True)]
             keys, values = (torch.cat([x[slice(*span)] for span in rows.keys]) for x in own)
             mask = self.masks.get((place, window))
             if mask is None:
