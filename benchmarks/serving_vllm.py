@@ -241,7 +241,7 @@ def main() -> None:
             print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
             for clients in (1, 8, 32):
                 seen = {name: Times() for name in ENGINES}
-                count = max(clients, options.requests if clients > 1 else options.requests // 4)
+                count = max(clients, 2, options.requests if clients > 1 else options.requests // 4)
                 for _ in range(options.rounds):
                     for name, address in addresses.items():
                         asyncio.run(one_round(address, clients, count, options.tokens, seen[name]))
