@@ -317,4 +317,6 @@ def vllm_model(pretrained: str, rule: str | None, dtype: str, batch_size: int) -
     check_installed()
     from lmms_eval.models.chat.vllm import VLLM
 
-    return VLLM(model=pretrained, batch_size=batch_size, dtype=dtype, hf_overrides=overrides(rule))
+    # lmms-eval's own default runs what code lies in a folder.
+    closed = {"trust_remote_code": False}
+    return VLLM(model=pretrained, batch_size=batch_size, dtype=dtype, hf_overrides=overrides(rule), **closed)
