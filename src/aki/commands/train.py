@@ -40,11 +40,14 @@ class Train:
     start torchrun or accelerate launch yourself."""
 
     def run(self, overrides: list[str]) -> None:
+        from aki.training.data import counted
+
         recipe = read_recipe(self.recipe, overrides)
         if self.tiny:
             from aki.training.model import tiny
 
             recipe = tiny(recipe)
+        recipe = counted(recipe, self._stages(recipe))
         processes = self._processes(recipe)
         if self.dry_run:
             self._print_estimates(recipe, processes)

@@ -11,7 +11,7 @@ from aki.training.recipe.model import (
 )
 from aki.training.recipe.reading import beyond_defaults, build, load_recipe
 from aki.training.recipe.run import STAGES, Recipe
-from aki.training.recipe.stage import PARTS, StageRecipe
+from aki.training.recipe.stage import PARTS, PretrainRecipe, StageRecipe
 
 __all__ = [
     "KINDS_OF_ADAPTERS",
@@ -21,6 +21,7 @@ __all__ = [
     "BackbonesRecipe",
     "DataRecipe",
     "ModelRecipe",
+    "PretrainRecipe",
     "QuantizationRecipe",
     "Recipe",
     "RecipeError",

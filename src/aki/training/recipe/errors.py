@@ -31,5 +31,9 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
     return value
 
 
+def missing_key(where: str, key: str, hint: str = "") -> str:
+    return f"the key {join_key(where, key)!r} is missing{': ' if hint else ''}{hint}."
+
+
 def join_key(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aki.training.recipe.errors import RecipeError, one_of
+from aki.training.recipe.errors import RecipeError, missing_key, one_of
 
 KINDS_OF_ADAPTERS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 """Kind -> what makes it one in PEFT's LoraConfig."""
@@ -13,7 +14,12 @@ KINDS_OF_ADAPTERS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora":
 
 @dataclass
 class BackbonesRecipe:
-    """Hub ids or folders of trained parts: the vision encoder, and the language model with its tokenizer."""
+    """Hub ids or folders of trained parts.
+
+    Attributes:
+        vision: the vision encoder.
+        text: the language model with its tokenizer.
+    """
 
     vision: str
     text: str
@@ -25,6 +31,9 @@ class ModelRecipe:
     that differ from its defaults.
 
     Attributes:
+        vision: the vision encoder's.
+        text: the language model's.
+        connector: the connector's, see `AkiConnectorConfig`.
         pretrained: a folder or hub id of any multimodal model that `aki.unlock` takes, or of AKI's own; it has its
             sizes, its processor and its chat template. None makes a new model of the sizes.
         from_backbones: where trained parts come from; None starts from random weights of those sizes. The sizes above
@@ -37,11 +46,16 @@ class ModelRecipe:
     from_backbones: BackbonesRecipe | None = None
     pretrained: str | None = None
 
+    @staticmethod
+    def needs(values: Mapping[str, Any]) -> dict[str, str]:
+        """Keys that are missing beside these, and what to do."""
+        parts = () if values.get("pretrained") else ("vision", "text", "connector")
+        return {part: "name its sizes, or model.pretrained" for part in parts if not values.get(part)}
+
     def __post_init__(self) -> None:
         if self.pretrained is None:
-            for part in ("vision", "text", "connector"):
-                if not getattr(self, part):
-                    raise RecipeError(f"the key 'model.{part}' is missing: name its sizes, or model.pretrained.")
+            if wrong := [missing_key("model", key, hint) for key, hint in self.needs(vars(self)).items()]:
+                raise RecipeError("\n".join(wrong))
         elif self.from_backbones is not None or self.vision or self.text or self.connector:
             raise RecipeError("model.pretrained is a whole model, with sizes of its own: leave the other keys out.")
 
@@ -52,7 +66,9 @@ class AdapterRecipe:
 
     Attributes:
         kind: lora, dora or rslora.
-        r, alpha, dropout: rank, scale and dropout of the low-rank matrices.
+        r: rank of the low-rank matrices.
+        alpha: their scale.
+        dropout: before them.
         target_modules: names of the layers that get them; those of the language model's linear layers if absent.
         modules_to_save: names of modules that are trained whole; `connector` is that of any family.
         options: other fields of PEFT's LoraConfig.

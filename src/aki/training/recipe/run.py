@@ -12,7 +12,7 @@ from aki.training.arguments import check_trainer
 from aki.training.recipe.data import DataRecipe, check_weights
 from aki.training.recipe.errors import RecipeError, one_of
 from aki.training.recipe.model import AdapterRecipe, ModelRecipe, QuantizationRecipe
-from aki.training.recipe.stage import StageRecipe
+from aki.training.recipe.stage import PretrainRecipe, StageRecipe
 
 STAGES = ("pretrain", "sft")
 
@@ -22,6 +22,10 @@ class Recipe:
     """A run: a model, its data, and one stage or both, each of which starts from the one before.
 
     Attributes:
+        name: of the run; its models go to runs/NAME unless --output says another folder.
+        model: what is trained, or what it is made of.
+        pretrain: the first stage, captions.
+        sft: the second stage, questions.
         data: DigitScenes, for stages that name no data of their own, and the questions that models are measured on.
         root: the folder that relative paths of sources and shards are below.
         start_from: a folder with the model that the first stage starts from, instead of `model`.
@@ -45,7 +49,7 @@ class Recipe:
     name: str
     model: ModelRecipe
     data: DataRecipe = field(default_factory=DataRecipe)
-    pretrain: StageRecipe | None = None
+    pretrain: PretrainRecipe | None = None
     sft: StageRecipe | None = None
     root: str = "."
     start_from: str | None = None
