@@ -112,10 +112,11 @@ class AkiTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         schedule = self.lr_scheduler
         if checkpoint is not None and isinstance(schedule, LambdaLR):
-            for group, base, share in zip(
-                self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-            ):
-                group["lr"] = base * share(schedule.last_epoch)
+            shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
+            rates = [base * share for base, share in zip(schedule.base_lrs, shares, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            schedule._last_lr = rates  # what the log says
 
     def _run_epoch(self, *, epoch: int, epochs_trained: int, resume_from_checkpoint: str | None, **kwargs) -> None:
         """As the Trainer's, which forgets the loss since the last log, and takes a step after the last one, when it
