@@ -17,6 +17,7 @@ from aki.commands.data import Data
 from aki.commands.demo import Demo
 from aki.commands.eval import Eval
 from aki.commands.mask import Mask
+from aki.commands.recipe import Recipe
 from aki.commands.serve import Serve
 from aki.commands.table import Table
 from aki.commands.train import Train
@@ -31,6 +32,7 @@ COMMANDS: tuple[Any, ...] = (
     Demo,
     Mask,
     Data,
+    Recipe,
     Eval,
     Table,
     Serve,

@@ -35,8 +35,8 @@ class ModelRecipe:
         text: the language model's.
         connector: the connector's, see `AkiConnectorConfig`.
         pretrained: a folder or hub id of any multimodal model that `aki.unlock` takes, or of AKI's own; it has its
-            sizes, its processor and its chat template. None makes a new model of the sizes.
-        from_backbones: where trained parts come from; None starts from random weights of those sizes. The sizes above
+            sizes, its processor and its chat template. Absent makes a new model of the sizes.
+        from_backbones: where trained parts come from; absent starts from random weights of those sizes. The sizes above
             must be theirs: what a run needs is known before anything is downloaded.
     """
 
@@ -65,10 +65,10 @@ class AdapterRecipe:
     """What is trained of a model whose own weights stay, by PEFT.
 
     Attributes:
-        kind: lora, dora or rslora.
+        kind: `lora`, `dora` or `rslora`.
         r: rank of the low-rank matrices.
         alpha: their scale.
-        dropout: before them.
+        dropout: of what goes into them, a share.
         target_modules: names of the layers that get them; those of the language model's linear layers if absent.
         modules_to_save: names of modules that are trained whole; `connector` is that of any family.
         options: other fields of PEFT's LoraConfig.
@@ -93,7 +93,7 @@ class QuantizationRecipe:
     """Weights of the language model in fewer bits, by bitsandbytes; an adapter is trained over them.
 
     Attributes:
-        bits: 4 (NF4) or 8.
+        bits: 4 (NF4) or 8, a weight.
     """
 
     bits: int = 4

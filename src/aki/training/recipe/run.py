@@ -22,19 +22,19 @@ class Recipe:
     """A run: a model, its data, and one stage or both, each of which starts from the one before.
 
     Attributes:
-        name: of the run; its models go to runs/NAME unless --output says another folder.
+        name: what the run is called; its models go to runs/NAME unless --output says another folder.
         model: what is trained, or what it is made of.
         pretrain: the first stage, captions.
         sft: the second stage, questions.
         data: DigitScenes, for stages that name no data of their own, and the questions that models are measured on.
         root: the folder that relative paths of sources and shards are below.
         start_from: a folder with the model that the first stage starts from, instead of `model`.
-        adapter: what is trained instead of the model's own weights; None trains those.
-        quantization: of the weights below an adapter; None keeps them whole.
+        adapter: what is trained instead of the model's own weights; absent trains those.
+        quantization: of the weights below an adapter; absent keeps them whole.
         trainer: any other field of transformers' TrainingArguments, for both stages.
         devices: processes that a step's samples are for. Fewer accumulate gradients, so that a step stays the same.
         fsdp: transformers' `fsdp_config`, to shard the model over processes; without it each holds all of it.
-        seed: of weights, data and everything drawn.
+        seed: decides weights, data and everything drawn.
         workers: processes that prepare batches, for each that trains.
         bf16: autocast to bfloat16.
         attention: what computes the language model's attention: auto, segments, sdpa or eager.
@@ -43,7 +43,7 @@ class Recipe:
         report_to: the Trainer's integrations: none, tensorboard, trackio, wandb, ...
         rows: what `aki compare` compares: name -> what differs from this recipe, nested as it is here, and perhaps a
             `title`.
-        learning_rates: of SFT, which `aki compare` tries for each row first; empty keeps the recipe's.
+        learning_rates: those of SFT that `aki compare` tries for each row first; empty keeps the recipe's.
     """
 
     name: str

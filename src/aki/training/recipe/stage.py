@@ -35,7 +35,7 @@ class StageRecipe:
         min_learning_rate: where warm-up begins and the cosine ends; absent it is the paper's share of `learning_rate`,
             a tenth in pre-training and a twentieth in SFT.
         warmup_steps: absent they are the paper's, 2000 in pre-training and 150 in SFT, and at most a tenth of steps.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's, of all but the language model's input embeddings, norms and biases.
         order: `image_first`, `text_first`, `echo` (the question before the picture and after it), or `both`: each
             sample image first and text first, in one step.
         seen: of a caption, the largest share that may be drawn as prompt, which the picture sees and nobody learns; the
