@@ -33,6 +33,9 @@ NEVER_OPENS = 100
 class AkiTrainer(Trainer):
     """Refuses batches that leak, measures by `score`, and marks a checkpoint once all of it is written.
 
+    It trains on a list of chats too, with `data_collator=aki.ChatCollator(processor, max_length=...)`:
+    examples/train_aki.py.
+
     Args:
         score: model -> metrics, called every `eval_steps` instead of the Trainer's own evaluation.
         loader: the batches of this process, instead of a `train_dataset` that is shuffled and dealt out here.
@@ -70,6 +73,11 @@ class AkiTrainer(Trainer):
         if fast is not None and pixels is not None and pixels.dtype == torch.uint8:
             inputs["pixel_values"] = fast.pixels.normalise(pixels)
         return inputs
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As the Trainer's, which would take chats for columns that the model does not read."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += ["messages", "images", "id"]
 
     def data_report(self) -> DataReport:
         """What all processes have counted; every one of them has to ask."""

@@ -102,9 +102,7 @@ STARTERS: dict[str, tuple[str, dict[str, Any]]] = {
 def starter(purpose: str) -> str:
     """A whole recipe as YAML: what it sets, and each other field with its default behind a comment sign."""
     title, values = STARTERS[purpose]
-    head = textwrap.wrap(
-        f"{title} What stands behind a # is as it is by default; take the sign away to set it.", _WIDTH - 2
-    )
+    head = textwrap.wrap(f"{title} Behind a # stands what is by default: take the sign away to set it.", _WIDTH - 2)
     return "\n".join([*(f"# {line}" for line in head), *_mapping(Recipe, values, "")]) + "\n"
 
 
