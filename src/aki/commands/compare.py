@@ -8,11 +8,11 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from aki.commands.shared import read_recipe
+from aki.commands.shared import TakesPlugins, read_recipe
 
 
 @dataclass
-class Compare:
+class Compare(TakesPlugins):
     """Train the rows of a recipe from the same starts and compare them. A second call goes on where the first ended."""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from tyro.conf import AvoidSubcommands
+from tyro.conf import AvoidSubcommands, UseAppendAction
 
 from aki.training.recipe import Recipe, load_recipe
 from aki.training.recipe.describe import fields_of
+
+
+@dataclass(kw_only=True)
+class TakesPlugins:
+    """What every command takes that opens a model, a rule or data."""
+
+    plugin: UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file with a rule, connector or source of your own (CONTRIBUTING.md); --plugin again for one more."""
 
 
 def read_recipe(path: Path, overrides: list[str]) -> Recipe:

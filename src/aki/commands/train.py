@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from aki.commands.shared import read_recipe
+from aki.commands.shared import TakesPlugins, read_recipe
 from aki.training.recipe import Recipe
 
 
 @dataclass
-class Train:
+class Train(TakesPlugins):
     """Train the stages of a recipe. Every field of the recipe can be overridden: --sft.steps 100"""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
