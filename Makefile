@@ -24,10 +24,10 @@ install: .venv/installed
 	touch $@
 
 quickstart: install
-	$(BIN)/aki compare recipes/digits.yaml --output runs/quickstart --pretrain.steps 1000 --sft.steps 1200
+	$(BIN)/aki compare digits --output runs/quickstart --pretrain.steps 1000 --sft.steps 1200
 
 digits: install
-	$(BIN)/aki compare recipes/digits.yaml --seeds 3 --output runs/digits
+	$(BIN)/aki compare digits --seeds 3 --output runs/digits
 
 # The web page's tests drive Debian's Chromium; where it can't be installed they are skipped, and say so.
 browser:

@@ -23,7 +23,7 @@ from aki.training.stages import Job, run_stage
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
+RECIPE = "digits"
 BATCH = 16
 PRECISIONS = {"float32": False, "bfloat16 autocast": True}
 

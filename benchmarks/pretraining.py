@@ -168,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/digits.yaml"))
+    parser.add_argument("--recipe", type=Path, default=Path("digits"))
     parser.add_argument("--steps", type=int, nargs=2, default=(1000, 1000), help="of captions, of questions")
     parser.add_argument("--output", type=Path, default=Path("results/pretraining"))
     parser.add_argument("--picture", type=Path, default=Path("docs/pretraining.png"))

@@ -1,4 +1,4 @@
-"""A rule, a connector and a source out of a file of the user's own: the blocks of CONTRIBUTING.md, as they stand there."""
+"""A rule, a connector and a source out of a user's own file: the blocks of CONTRIBUTING.md, as they stand there."""
 
 import os
 import re

@@ -18,6 +18,7 @@ from aki.commands.data import Data
 from aki.commands.demo import Demo
 from aki.commands.eval import Eval
 from aki.commands.mask import Mask
+from aki.commands.publish import Publish
 from aki.commands.recipe import Recipe
 from aki.commands.serve import Serve
 from aki.commands.table import Table
@@ -37,6 +38,7 @@ COMMANDS: tuple[Any, ...] = (
     Eval,
     Table,
     Serve,
+    Publish,
 )
 TAKE_RECIPE_FIELDS = (Train, Compare, Data)  # --sft.steps 100
 GOES_ON = {

@@ -24,10 +24,10 @@ def load(files: Iterable[str | Path]) -> None:
         PluginError: it is not there, or it fails; why is said.
     """
     for file in map(_absolute, files):
+        _run(file)
         known = _known()
         if str(file) not in known:
             os.environ[VARIABLE] = os.pathsep.join([*known, str(file)])
-        _run(file)
 
 
 def load_from_environment() -> None:

@@ -327,7 +327,7 @@ def test_without_lmms_eval_the_command_says_what_to_install(monkeypatch, capsys)
     monkeypatch.setattr("aki.commands.eval.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main(["eval", "anything"])
-    assert "aki: aki eval needs lmms-eval: pip install 'aki[eval]'." in capsys.readouterr().err
+    assert "aki: aki eval needs lmms-eval: pip install 'aki-mma[eval]'." in capsys.readouterr().err
 
 
 def test_lmms_eval_finds_the_model():

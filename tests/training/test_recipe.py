@@ -6,25 +6,26 @@ from pathlib import Path
 import pytest
 import yaml
 
+from aki import recipes
 from aki.evaluation.plan import plan
 from aki.training.data import counted
 from aki.training.recipe import RecipeError, load_recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 GQA = [{"kind": "gqa", "annotations": "a"}]
 
 
 def write(tmp_path, change):
-    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    values = yaml.safe_load((recipes.FOLDER / "digits.yaml").read_text())
     change(values)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
-def test_every_recipe_of_the_repository_loads(name):
-    recipe = load_recipe(RECIPES / name)
+@pytest.mark.parametrize("name", [name for name in recipes.names() if "/" not in name])
+def test_every_recipe_of_ours_loads_by_its_name(name):
+    recipe = load_recipe(name)
+    assert recipe == load_recipe(recipes.FOLDER / f"{name}.yaml")
     assert recipe.pretrain.rule == "causal"
     assert isinstance(recipe.sft.learning_rate, float)
 
@@ -56,7 +57,19 @@ def test_a_wrong_recipe_is_a_sentence_with_the_file(tmp_path, change, message):
     assert str(path) in str(error.value)
 
 
-def test_no_file_and_no_yaml(tmp_path):
+def test_a_file_goes_before_a_name_and_a_folder_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits-depth").mkdir()
+    assert load_recipe("digits-depth").name == "digits-depth"
+    write(tmp_path, lambda values: values.update(name="mine")).rename(tmp_path / "digits")
+    assert load_recipe("digits").name == "mine"
+    assert load_recipe("aki-4b/sft").name == "aki-4b-sft"
+
+
+def test_no_file_no_name_and_no_yaml(tmp_path):
+    ours = r"aki-4b/pretrain, aki-4b/sft, digits, digits-depth, digits-table1"
+    with pytest.raises(RecipeError, match=rf"there is no recipe at digitz, and aki's own are {ours}"):
+        load_recipe("digitz")
     with pytest.raises(RecipeError, match="there is no recipe at"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1")
@@ -87,7 +100,7 @@ def test_numbers_as_yaml_writes_them(tmp_path):
     ],
 )
 def test_data_of_a_stage(tmp_path, change, message):
-    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    values = yaml.safe_load((recipes.FOLDER / "digits.yaml").read_text())
     values["sft"] |= {"eval_every": 0} | change
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -113,7 +126,7 @@ def test_numbers_of_a_run(tmp_path, field, value):
     ],
 )
 def test_what_is_held_out(tmp_path, data, message):
-    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    values = yaml.safe_load((recipes.FOLDER / "digits.yaml").read_text())
     learned = [{"kind": "gqa", "annotations": "a"}, {"kind": "datasets", "annotations": "d"}]
     values["sft"] |= {"eval_every": 5, "sources": learned}
     values["data"] |= data
@@ -127,7 +140,7 @@ def test_what_is_held_out(tmp_path, data, message):
 
 
 def test_one_stage_is_a_recipe_and_none_is_not(tmp_path):
-    values = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    values = yaml.safe_load((recipes.FOLDER / "digits.yaml").read_text())
     del values["pretrain"]
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -223,6 +236,6 @@ def test_an_epoch_is_as_many_samples_as_the_sources_hold(tmp_path):
 def test_a_recorded_comparison_is_still_that_of_its_recipe():
     """What got a default is written down as before it had one, so that finished cells stay finished."""
     cells = Path(__file__).parents[2] / "results" / "table1-digits" / "cells"
-    recipe = load_recipe(RECIPES / "digits-table1.yaml")
+    recipe = load_recipe("digits-table1")
     (cell,) = (one for one in plan(recipe, ["causal"], [0]) if one.stage == "pretrain")
     assert json.loads((cells / f"{cell.name}.json").read_text())["fingerprint"] == cell.fingerprint

@@ -74,7 +74,7 @@ def test_pretraining_can_be_planned_as_it_is(tmp_path, capsys):
     ],
 )
 def test_a_switch_may_be_said_in_words(said, packing):
-    recipe = read_recipe(ROOT / "recipes/digits.yaml", said)
+    recipe = read_recipe("digits", said)
     assert recipe.sft.packing is packing
     assert recipe.seed == (3 if "3" in said else 0)
 

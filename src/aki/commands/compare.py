@@ -16,7 +16,7 @@ class Compare(TakesPlugins):
     """Train the rows of a recipe from the same starts and compare them. A second call goes on where the first ended."""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
-    """A YAML file; every field can be overridden: --sft.steps 100"""
+    """A YAML file, or the name of one of aki's own recipes; every field can be overridden: --sft.steps 100"""
     output: Path
     """Where models, the results of finished cells (in cells/) and the report go."""
     rules: tuple[str, ...] = ()

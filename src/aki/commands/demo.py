@@ -30,6 +30,6 @@ class Demo(TakesPlugins):
         try:
             from aki.apps.demo.page import serve
         except ImportError as error:
-            raise RuntimeError(f"the web page needs Gradio: pip install 'aki[demo]' ({error})") from error
+            raise RuntimeError(f"the web page needs Gradio: pip install 'aki-mma[demo]' ({error})") from error
         model, processor = load(self.model, self.unlock)
         serve(model, processor, self.host, self.port, self.max_new_tokens)

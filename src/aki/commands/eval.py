@@ -55,7 +55,7 @@ class Eval(TakesPlugins):
 
     def run(self, rest: list[str]) -> None:
         if find_spec("lmms_eval") is None:
-            raise ValueError("aki eval needs lmms-eval: pip install 'aki[eval]'.")
+            raise ValueError("aki eval needs lmms-eval: pip install 'aki-mma[eval]'.")
         for option, count in (("limit", self.limit), ("limit-new-tokens", self.limit_new_tokens)):
             if count is not None and count < 1:
                 raise ValueError(f"--{option} must be at least 1, it is {count}.")

@@ -48,7 +48,7 @@ class Serve(TakesPlugins):
             from aki.apps.serve.engine import Engine
             from aki.apps.serve.server import serve
         except ModuleNotFoundError as error:
-            raise ValueError(f"serving needs {error.name}: pip install 'aki[serve]'.") from error
+            raise ValueError(f"serving needs {error.name}: pip install 'aki-mma[serve]'.") from error
 
         engine = Engine.from_folder(self.model, self.unlock)
         serve(engine, self.host, self.port, self.limits, remote_images=self.allow_remote_images, api_key=key)

@@ -20,7 +20,7 @@ class Train(TakesPlugins):
     """Train the stages of a recipe. Every field of the recipe can be overridden: --sft.steps 100"""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
-    """A YAML file."""
+    """A YAML file, or the name of one of aki's own recipes, as digits."""
     output: Path | None = None
     """Where the models go, runs/NAME if absent."""
     stage: Literal["all", "pretrain", "sft"] = "all"

@@ -12,6 +12,7 @@ from aki.compat import CACHE_NAMES
 from aki.layout import AUDIO, IMAGE, VIDEO
 from aki.models.connectors import CONNECTORS
 from aki.models.media import Media
+from aki.models.remote import SavedWithLoader
 from aki.models.weights import check_depth
 
 
@@ -41,7 +42,7 @@ class AkiConnectorConfig(PreTrainedConfig):
 
 
 @strict
-class AkiConfig(PreTrainedConfig):
+class AkiConfig(SavedWithLoader, PreTrainedConfig):
     """Configuration of `AkiForConditionalGeneration`.
 
     Videos and audio are configured as images are, by an encoder, a connector and a placeholder each. They are fields of

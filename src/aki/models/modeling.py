@@ -25,9 +25,10 @@ from aki.models.generation import AkiGenerationMixin
 from aki.models.heads import new_head, scale_logits
 from aki.models.loading import check_before, check_loaded
 from aki.models.outputs import AkiModelOutput, AkiOutput
+from aki.models.remote import ImportedCode
 
 
-class AkiPreTrainedModel(PreTrainedModel):
+class AkiPreTrainedModel(ImportedCode, PreTrainedModel):
     config: AkiConfig
     config_class = AkiConfig
     base_model_prefix = "model"
@@ -60,6 +61,12 @@ class AkiPreTrainedModel(PreTrainedModel):
             for name, connector in connectors.items():
                 connector._attn_implementation_internal = before[name]
             raise
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """As transformers', with a card of what is known of the model."""
+        from aki.models.publishing import push  # it knows of all models, this one among them
+
+        return push(self, repo_id, **options)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.language_model.get_input_embeddings()

@@ -32,7 +32,7 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise RecipeError("adapter needs PEFT: pip install peft.") from error
+        raise RecipeError("adapter needs PEFT: pip install 'aki-mma[adapter]'.") from error
     saved = [name for one in recipe.modules_to_save for name in (connectors_of(model) if one == "connector" else [one])]
     try:
         config = LoraConfig(

@@ -146,6 +146,24 @@ def _what_is_left(output: Path) -> Begun:
     return Begun(result)
 
 
+def check_finished(output: Path) -> None:
+    """
+    Raises:
+        RunError: the folder holds a run that is not finished, or whose weights are not those that it ended with. A
+            folder without a run is not asked.
+    """
+    if not (output / RESULT).exists():
+        if (training_folder(output) / "run.json").exists():
+            raise RunError(f"{output} holds a run that is not finished: go on with it first, with --resume.")
+        return
+    try:
+        _check_model(output, json.loads((output / RESULT).read_text()))
+    except DamagedError as error:
+        raise RunError(
+            f"{error}. Train it again, or delete {output / RESULT}, which tells of other weights."
+        ) from error
+
+
 def _check_model(output: Path, result: dict[str, Any]) -> None:
     """
     Raises:

@@ -49,7 +49,9 @@ def build_processor(recipe: Recipe, texts: Iterable[str] | None = None) -> AkiPr
 
 def _tokenizer(recipe: Recipe, texts: Iterable[str] | None) -> PreTrainedTokenizerBase:
     if recipe.model.from_backbones is not None:
-        return _with_special_tokens(AutoTokenizer.from_pretrained(recipe.model.from_backbones.text))
+        return _with_special_tokens(
+            AutoTokenizer.from_pretrained(recipe.model.from_backbones.text, trust_remote_code=False)
+        )
     return train_tokenizer(corpus(recipe.data.grid)) if texts is None else _chat_tokenizer(texts)
 
 
@@ -117,7 +119,7 @@ def _join_backbones(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> 
     assert recipe.from_backbones is not None
     wanted = model_config(recipe)
     for part, name in (("vision", recipe.from_backbones.vision), ("text", recipe.from_backbones.text)):
-        found = AutoConfig.from_pretrained(name)
+        found = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_sizes(part, name, getattr(recipe, part), getattr(found, f"{part}_config", found))
     model = AkiForConditionalGeneration.from_backbones(
         recipe.from_backbones.vision,

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from aki import recipes
 from aki.training.recipe.errors import RecipeError, join_key, missing_key
 from aki.training.recipe.run import Recipe
 
@@ -19,15 +20,18 @@ from aki.training.recipe.run import Recipe
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe.
 
+    Args:
+        path: a YAML file, or the name of one of aki's own recipes.
+
     Raises:
         RecipeError: no such file, or not YAML; or unknown keys (with the nearest ones), missing ones and wrong types,
             all of them at once.
     """
-    path = Path(path)
+    path = recipes.path_of(path)
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe at {path}.") from None
+        raise RecipeError(f"there is no recipe at {path}, and aki's own are {', '.join(recipes.names())}.") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     try:
