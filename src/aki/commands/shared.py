@@ -33,7 +33,7 @@ def read_recipe(path: Path, overrides: list[str]) -> Recipe:
 
 def as_flags(arguments: list[str]) -> list[str]:
     """`--sft.packing True` as `--sft.packing`, and `--sft.packing False` as `--sft.no-packing`: tyro's own form."""
-    switches = {one.name.replace("_", "-") for one in fields_of(Recipe) if one.type == "bool"}
+    switches = {one.name.replace("_", "-") for one in fields_of(Recipe) if one.kind == "bool"}
     written: list[str] = []
     for one in arguments:
         last, joined, value = one.partition("=") if one.startswith("--") else (written[-1] if written else "", " ", one)

@@ -87,7 +87,8 @@ def counted(recipe: Recipe, stages: Iterable[str]) -> Recipe:
             samples = sum(len(source) for source in open_sources(recipe, stage.sources, recipe.seed))
             a_step = stage.batch_size * stage.gradient_accumulation_steps * recipe.devices
             steps = max(1, round(stage.epochs * samples / a_step))
-            recipe = replace(recipe, **{name: replace(stage, steps=steps, epochs=None)})
+            of_stage: dict[str, Any] = {name: replace(stage, steps=steps, epochs=None)}
+            recipe = replace(recipe, **of_stage)
     return recipe
 
 

@@ -23,13 +23,13 @@ class Described:
 
     Attributes:
         name: dotted, as on the command line; `[]` stands for each of a list.
-        type: as YAML has it.
+        kind: its type, as YAML has it.
         default: as YAML writes it, or REQUIRED.
         part: the dataclass of a group of fields (a stage, the sources); None is a plain value.
     """
 
     name: str
-    type: str
+    kind: str
     default: str
     meaning: str
     part: type | None = None
@@ -55,7 +55,7 @@ def fields_of(kind: type = Recipe, where: str = "") -> Iterator[Described]:
     for one in described(kind, where):
         yield one
         if one.part is not None:
-            yield from fields_of(one.part, one.name + ("[]" if one.type.startswith("list") else ""))
+            yield from fields_of(one.part, one.name + ("[]" if one.kind.startswith("list") else ""))
 
 
 def meanings(kind: type) -> dict[str, str]:
@@ -70,7 +70,7 @@ def meanings(kind: type) -> dict[str, str]:
 
 def table() -> str:
     """All fields for a terminal."""
-    rows = [(one.name, one.type, one.default, one.meaning) for one in fields_of()]
+    rows = [(one.name, one.kind, one.default, one.meaning) for one in fields_of()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[3]}" for row in rows
@@ -96,7 +96,7 @@ def page() -> str:
         lines += ["", f"## {title}", "", _summary(kind), "", "| field | type | default | meaning |"]
         lines += ["| --- | --- | --- | --- |"]
         lines += [
-            f"| `{one.name}` | {one.type} | {one.default} | {one.meaning} |"
+            f"| `{one.name}` | {one.kind} | {one.default} | {one.meaning} |"
             for one in described(kind)
             if one not in shared
         ]
@@ -108,7 +108,7 @@ def _groups(kind: type, where: str) -> dict[type, list[str]]:
     groups: dict[type, list[str]] = {kind: [where] if where else []}
     for one in described(kind, where):
         if one.part is not None:
-            below = one.name + ("[]" if one.type.startswith("list") else "")
+            below = one.name + ("[]" if one.kind.startswith("list") else "")
             for part, names in _groups(one.part, below).items():
                 groups.setdefault(part, []).extend(names)
     return groups

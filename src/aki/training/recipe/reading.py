@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def _build_dataclass(kind: type, value: Any, where: str) -> Any:
     for name, spec in fields.items():
         if name not in value and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             wrong.append(missing_key(where, name))
-    needs = getattr(kind, "needs", lambda values: {})
+    needs: Callable[[Any], dict[str, str]] = getattr(kind, "needs", lambda values: {})
     wrong += [missing_key(where, name, hint) for name, hint in needs(value).items()]
     known = ((key, hints[key], item, join_key(where, key)) for key, item in value.items() if key in fields)
     return kind(**_build_all(known, wrong))
