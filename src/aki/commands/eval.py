@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from aki.commands.shared import TakesPlugins
+
 
 @dataclass
-class Eval:
+class Eval(TakesPlugins):
     """Score a model with lmms-eval. A second call goes on where the first was cut off.
 
     Several GPUs: `torchrun --nproc-per-node 8 -m aki eval ...`. The judged benchmarks take lmms-eval's settings:

@@ -242,9 +242,8 @@ class _Budgets(StoppingCriteria):
 @cache
 def versions() -> dict[str, str]:
     """Of the packages that can change an answer or its score."""
-    return {
-        package: version(package) for package in ("aki", "lmms_eval", "torch", "transformers", "datasets", "pillow")
-    }
+    others = ("lmms_eval", "torch", "transformers", "datasets", "pillow")
+    return {"aki": aki.__version__} | {package: version(package) for package in others}
 
 
 def load_model(pretrained: str, dtype: str, rule: str | None, unlock: bool, backend: str | None) -> tuple[Any, Any]:

@@ -24,7 +24,9 @@ class Vllm(VLLM):
     """
 
     def __init__(self, model: str, rule: str | None, dtype: str, batch_size: int, **more: Any):
-        super().__init__(model=model, batch_size=batch_size, dtype=dtype, hf_overrides=overrides(rule), **more)
+        # lmms-eval's own default runs what code lies in a folder.
+        closed = {"trust_remote_code": False}
+        super().__init__(model=model, batch_size=batch_size, dtype=dtype, hf_overrides=overrides(rule), **closed | more)
         config = self.client.llm_engine.vllm_config
         opened = config.model_config
         self.settings = {
