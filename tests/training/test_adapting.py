@@ -13,7 +13,7 @@ from test_pretrained import chats, data, of, published, recipe, run  # noqa: F40
 from aki.apps.loading import load
 from aki.cli import main
 from aki.data.collate import ChatCollator
-from aki.evaluation.lmms import load_model
+from aki.evaluation.opening import load_model
 from aki.models.other import connectors_of, decoder_path, load_any
 from aki.training.recipe import AdapterRecipe, ModelRecipe, QuantizationRecipe, RecipeError
 from aki.training.stages import Job, run_stage, stage_arguments

@@ -21,11 +21,9 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria
 
 import aki
-from aki.attention import BACKENDS, get_rule
 from aki.evaluation.answers import AnswerCache, key_of
 from aki.evaluation.fingerprints import data_fingerprint, model_fingerprint
-from aki.models.adapters import model_of_adapter
-from aki.models.other import described, load_any
+from aki.evaluation.opening import load_model
 
 MAX_NEW_TOKENS = 1024
 """Where a task names no limit."""
@@ -244,37 +242,6 @@ def versions() -> dict[str, str]:
     """Of the packages that can change an answer or its score."""
     others = ("lmms_eval", "torch", "transformers", "datasets", "pillow")
     return {"aki": aki.__version__} | {package: version(package) for package in others}
-
-
-def load_model(pretrained: str, dtype: str, rule: str | None, unlock: bool, backend: str | None) -> tuple[Any, Any]:
-    """Model and processor, whichever kind it is.
-
-    Raises:
-        ValueError: no such dtype; a rule for a model that is neither AKI nor unlocked; AKI cannot be unlocked.
-    """
-    known = getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
-        raise ValueError(f"dtype must be auto or a floating torch dtype such as bfloat16, it is {dtype!r}.")
-    with model_of_adapter(pretrained):
-        found = described(pretrained)
-    kind = found.get("model_type")
-    is_aki = kind in (aki.AkiConfig.model_type, None)
-    if is_aki and unlock:
-        raise ValueError(f"{pretrained} is an AKI model, which has its rule already: leave unlock out.")
-    # Saved unlocked, a folder says so.
-    unlock = unlock or (not is_aki and "attention_rule" in found)
-    if rule is not None and not (is_aki or unlock):
-        raise ValueError(f"{pretrained} is a {kind} model: a rule needs unlock=True.")
-    implementation: Any = backend
-    if is_aki and backend in BACKENDS:
-        implementation = {"text_config": backend}
-    with model_of_adapter(pretrained):
-        model, processor = load_any(pretrained, dtype, attn_implementation=implementation)
-    if unlock:
-        aki.unlock(model, processor, rule)
-    elif rule is not None:
-        model.config.attention_rule = get_rule(rule).name
-    return model, processor
 
 
 def decoding_of(asked: dict[str, Any], limit: int | None = None) -> dict[str, Any]:

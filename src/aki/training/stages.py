@@ -25,6 +25,7 @@ from aki.data.mixture import Mixture
 from aki.data.orders import InEachOrder
 from aki.data.packing import PackedCollator, PackedRows
 from aki.data.report import TooManyBadSamples
+from aki.data.schema import Sample
 from aki.data.shards import ShardMixture
 from aki.files import alone, write_json
 from aki.models import AkiForConditionalGeneration, AkiProcessor
@@ -35,8 +36,9 @@ from aki.training.data import REPORT, counted, load_position, open_samples, stag
 from aki.training.folder import RESULT, Begun, RunError, begin, first_process, relevant, sealed_weights, training_folder
 from aki.training.held_out import HeldOut, held_out
 from aki.training.model import build_model
+from aki.training.predictions import PREDICTIONS, WithoutMedia, majority, summary, write_predictions
 from aki.training.recipe import Recipe, RecipeError
-from aki.training.scoring import accuracy_by_skill
+from aki.training.scoring import accuracy_by_skill, answers_right
 from aki.training.start import check_start, load_start, set_rule
 from aki.training.trainer import AkiTrainer, Progress, replace_progress
 from aki.training.view import training_scenes
@@ -151,8 +153,8 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
         "flops": trainer.state.total_flos,
     }
     if asked is not None:
-        for name in ("validation", "test"):
-            result[name] = _score(job, model, collators[0], getattr(asked, name))
+        result["validation"] = _score(job, model, collators[0], asked.validation)
+        result |= _tested(job, trainer, model, collators[0], asked.test)
         result |= {"held_out": asked.summary()} if asked.report else {}
     if stage.task == "question" and stage.order in ("text_first", "echo"):
         # Whoever asks this model asks as it was trained.
@@ -299,14 +301,41 @@ def quantized(recipe: Recipe, start: Path) -> BitsAndBytesConfig | None:
 
 
 def _score(job: Job, model: Any, collator: ChatCollator, questions: Dataset) -> dict[str, float]:
+    return accuracy_by_skill(model, **_asking(job, collator, questions))
+
+
+def _tested(
+    job: Job, trainer: AkiTrainer, model: Any, collator: ChatCollator, questions: Dataset[Sample]
+) -> dict[str, Any]:
+    """The final numbers, beside what knowing nothing of the pictures scores; the answers go to `predictions.jsonl`."""
+    found = answers_right(model, **_asking(job, collator, questions))
+    golds = [questions[number].answer for number in range(len(found))]
+    # Of sharded weights generation would have to gather every layer for every token; `aki eval --recipe` asks later.
+    if trainer.is_world_process_zero() and not trainer.is_fsdp_enabled:
+        batch_size = job.recipe.stage(job.stage).batch_size
+        right = [ok for ok, _ in found]
+        write_predictions(job.output / PREDICTIONS, base_of(model), collator, questions, right, batch_size)
+    return {
+        "test": summary(found),
+        "baselines": {
+            "majority": majority(golds, [group for _, group in found]),
+            "blind": _score(job, model, collator, WithoutMedia(questions)),
+        },
+    }
+
+
+def _asking(job: Job, collator: ChatCollator, questions: Dataset) -> dict[str, Any]:
+    """What `answers_right` is called with beside the model."""
     if isinstance(questions, DigitScenes):
-        return accuracy_by_skill(model, collator, questions, name=_name(questions, [collator]), memory=job.memory)
+        name = _name(questions, [collator])
+        return {"collator": collator, "dataset": questions, "name": name, "memory": job.memory}
     # As in training: its rows, and as many as fit there. Pictures of files are too many to remember.
     padded = PackedCollator(collator.processor.tokenizer.pad_token_id)
-    batch_size = job.recipe.stage(job.stage).batch_size
-    return accuracy_by_skill(
-        model, lambda samples: padded([collator.encode(sample)[0] for sample in samples]), questions, batch_size
-    )
+    return {
+        "collator": lambda samples: padded([collator.encode(sample)[0] for sample in samples]),
+        "dataset": questions,
+        "batch_size": job.recipe.stage(job.stage).batch_size,
+    }
 
 
 def _name(scenes: DigitScenes, collators: list[ChatCollator]) -> str:
