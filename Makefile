@@ -119,7 +119,7 @@ test-slow: install
 # vLLM built for CPU wants the transformers that it pins, and so an environment of its own.
 VLLM := .venv-vllm/bin
 test-vllm: .venv-vllm/installed
-	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -W ignore::FutureWarning tests/vllm_plugin  # vLLM's own
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -m 'not slow' -W ignore::FutureWarning tests/vllm_plugin  # vLLM's own
 
 .venv-vllm/installed: pyproject.toml constraints-vllm.txt tests/vllm_plugin/torchvision_operators.py
 	rm -rf .venv-vllm && $(PYTHON) -m venv .venv-vllm

@@ -34,7 +34,7 @@ def shortened(steps: int, bf16: bool) -> Recipe:
     for name in STAGES:
         stage = recipe.stage(name)
         stage.steps, stage.log_every, stage.eval_every, stage.save_every = steps, max(1, steps // 30), 0, 0
-        stage.warmup_steps, stage.batch_size = min(stage.warmup_steps, steps // 4), BATCH
+        stage.warmup_steps, stage.batch_size = min(stage.warm_up, steps // 4), BATCH
     return recipe
 
 

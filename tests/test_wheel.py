@@ -17,6 +17,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import aki
+
 ROOT = Path(__file__).parents[1]
 OF_EXTRAS = ("fastapi", "uvicorn", "gradio", "peft", "soundfile", "soxr", "lmms_eval", "pytest")
 COMMANDS = """
@@ -91,8 +93,10 @@ def run(python, *arguments):
 
 
 def test_the_wheel_in_an_environment_without_extras(clean, tmp_path):
-    here = f"import aki, importlib.util as u; print(aki.__file__, [n for n in {OF_EXTRAS} if u.find_spec(n)])"
-    assert run(clean, clean, "-c", here).split() == [str(next(clean.parents[1].glob("lib/*/*/aki/__init__.py"))), "[]"]
+    here = "import aki, importlib.util as u; from importlib.metadata import version; "
+    here += f"print(aki.__file__, version('aki-mma'), [name for name in {OF_EXTRAS} if u.find_spec(name)])"
+    (installed,) = clean.parents[1].glob("lib/*/*/aki/__init__.py")
+    assert run(clean, clean, "-c", here).split() == [str(installed), aki.__version__, "[]"]
     assert "Multimodal LLMs with modality-mutual attention" in run(clean, clean.parent / "aki", "--help")
 
     model, adapter, recipe = tmp_path / "model", tmp_path / "adapter", tmp_path / "recipe.yaml"

@@ -85,9 +85,9 @@ def source(data, part):
 
 @pytest.fixture
 def recipe(data):
-    stage = StageRecipe(
-        "question", "mma", 4, 3, 3e-3, 0.0, 1, 0.0, save_every=2, log_every=1, sources=(source(data, "train"),)
-    )
+    rates = {"learning_rate": 3e-3, "min_learning_rate": 0.0, "warmup_steps": 1, "weight_decay": 0.0}
+    lengths = {"steps": 4, "batch_size": 3, "save_every": 2, "log_every": 1}
+    stage = StageRecipe("mma", **lengths, **rates, sources=(source(data, "train"),))
     held_out = DataRecipe(eval_size=4, test_size=6, held_out=(source(data, "asked"),))
     return Recipe("mine", ModelRecipe(pretrained="to be named"), held_out, sft=stage, workers=0)
 

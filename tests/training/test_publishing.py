@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -162,7 +163,7 @@ def test_an_adapter_names_a_model_that_others_have(recipe, published, data, tmp_
     caplog.clear()
     main(["convert", "--merge", str(tmp_path / "run"), str(tmp_path / "merged")])
     assert "answers causally" in caplog.text
-    assert pack_folder(tmp_path / "merged", "me/mine").license is None
+    assert "It states no licence" in pack_folder(tmp_path / "merged", "me/mine").said[-1]
 
 
 def test_a_run_of_two_stages_and_what_stays_here(digits_run, hub, capsys):
@@ -236,8 +237,13 @@ def test_the_cards_lines_open_a_model_without_a_run(aki_folder):
     assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", "image-text-to-text")
     model, processor = opened(card, aki_folder)
     assert (type(model), type(processor)) == (AkiForConditionalGeneration, AkiProcessor)
-    # The licence goes into a card that is there, and its words stay.
-    pack_folder(aki_folder, "me/mine", "mit")
+    # The licence goes into a card that is there, and its words stay; what it may be wrong in is said.
+    assert len(pack_folder(aki_folder, "me/mine").said) == 1
+    (aki_folder / "result.json").write_text("{}")
+    os.utime(aki_folder / "README.md", (0, 0))
+    _, other, older = pack_folder(aki_folder, "me/other", "mit").said
+    assert "does not speak of me/other" in other
+    assert "older than the end of the training" in older
     again = ModelCard.load(aki_folder / "README.md")
     assert (again.data.license, again.text) == ("mit", card.text)
 

@@ -7,9 +7,11 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from aki.commands.shared import TakesPlugins
+
 
 @dataclass
-class Demo:
+class Demo(TakesPlugins):
     """A web page: ask about a picture, and see what the image read."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]

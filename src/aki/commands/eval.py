@@ -7,13 +7,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from aki.commands.shared import TakesPlugins
+
 
 @dataclass
-class Eval:
+class Eval(TakesPlugins):
     """Score a model with lmms-eval. A second call goes on where the first was cut off.
 
     Several GPUs: `torchrun --nproc-per-node 8 -m aki eval ...`. The judged benchmarks take lmms-eval's settings:
@@ -71,7 +73,7 @@ class Eval:
             self._evaluate(name, output)
 
     def _evaluate(self, name: str, output: Path) -> None:
-        from aki.evaluation.lmms import Aki, vllm_model
+        from aki.evaluation.lmms import Aki
         from aki.evaluation.run import Evaluation, evaluate
         from aki.evaluation.suite import columns
         from aki.evaluation.tables import summary
@@ -88,7 +90,7 @@ class Eval:
             PartialState().wait_for_everyone()
         rule = self.rule or ("mma" if self.unlock else None)
         model = (
-            vllm_model(self.model, rule, self.dtype, self.batch_size)
+            self._in_vllm(rule)
             if self.engine == "vllm"
             else Aki(
                 self.model,
@@ -106,3 +108,11 @@ class Eval:
         if results is not None:
             beside = f"; beside the paper's: aki table {output}" if self.suite == "paper" else ""
             print(f"\n{summary(results)}\n\n{output}/results.json{beside}")
+
+    def _in_vllm(self, rule: str | None) -> Any:
+        from aki.apps.vllm import check_installed
+
+        check_installed()
+        from aki.evaluation.vllm import Vllm
+
+        return Vllm(self.model, rule, self.dtype, self.batch_size)

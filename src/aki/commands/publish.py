@@ -25,14 +25,12 @@ class Publish:
     """Only for its owner, where the repository is new."""
 
     def run(self, rest: list[str]) -> None:
-        from aki.models.publishing import CARD, pack_folder, upload
+        from aki.models.publishing import pack_folder, upload
         from aki.training.folder import check_finished
 
         check_finished(self.folder)
         parcel = pack_folder(self.folder, self.name, self.license)
-        print(f"{self.folder / CARD} is {'written' if parcel.wrote_card else 'kept as it is'}.")
-        if parcel.license is None:
-            print("It states no licence: add --license, or the line `license: ...` at its top.")
+        print(*parcel.said, sep="\n")
         print(f"{sum(parcel.files.values()) / 1e6:,.1f} MB for {self.name}:")
         for file, size in parcel.files.items():
             print(f"  {size:>15,} bytes  {file}")

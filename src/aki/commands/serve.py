@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from aki.apps.serve.limits import Limits
+from aki.commands.shared import TakesPlugins
 
 
 @dataclass
-class Serve:
+class Serve(TakesPlugins):
     """Answer OpenAI's chat completions, for programs."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]

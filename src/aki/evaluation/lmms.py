@@ -226,7 +226,7 @@ class Aki(lmms):
         )
         said = [row[length : length + budget] for row, budget in zip(out, budgets, strict=True)]
         texts = self.tokenizer.batch_decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [_until(text, request.args[2].get("until")) for text, request in zip(texts, requests, strict=True)]
+        return [until(text, request.args[2].get("until")) for text, request in zip(texts, requests, strict=True)]
 
 
 class _Budgets(StoppingCriteria):
@@ -242,9 +242,8 @@ class _Budgets(StoppingCriteria):
 @cache
 def versions() -> dict[str, str]:
     """Of the packages that can change an answer or its score."""
-    return {
-        package: version(package) for package in ("aki", "lmms_eval", "torch", "transformers", "datasets", "pillow")
-    }
+    others = ("lmms_eval", "torch", "transformers", "datasets", "pillow")
+    return {"aki": aki.__version__} | {package: version(package) for package in others}
 
 
 def load_model(pretrained: str, dtype: str, rule: str | None, unlock: bool, backend: str | None) -> tuple[Any, Any]:
@@ -295,7 +294,7 @@ def decoding_of(asked: dict[str, Any], limit: int | None = None) -> dict[str, An
     return decoding
 
 
-def _until(text: str, stops: str | list[str] | None) -> str:
+def until(text: str, stops: str | list[str] | None) -> str:
     for stop in [stops] if isinstance(stops, str) else stops or []:
         text = text.split(stop)[0] if stop else text
     return text.strip()
@@ -305,17 +304,3 @@ def _batch_size(asked: int | str, largest: int | None) -> int:
     if not str(asked).isdecimal() or int(asked) < 1:
         raise ValueError(f"batch_size must be a number from 1 up, it is {asked!r}.")
     return min(int(asked), largest or int(asked))
-
-
-def vllm_model(pretrained: str, rule: str | None, dtype: str, batch_size: int) -> lmms:
-    """lmms-eval's own model `vllm_chat`, under a rule over what the folder says.
-
-    Raises:
-        ValueError: vLLM is not installed.
-    """
-    from aki.apps.vllm import check_installed, overrides
-
-    check_installed()
-    from lmms_eval.models.chat.vllm import VLLM
-
-    return VLLM(model=pretrained, batch_size=batch_size, dtype=dtype, hf_overrides=overrides(rule))

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from aki.attention.elsewhere import CAUSAL_ELSEWHERE, UNDER_THE_RULE
-from aki.attention.rules import RULES
+from aki.attention.rules import get_rule
 from aki.models.adapters import adapter_of
 from aki.models.configuration import AkiConfig
 from aki.models.other import described
@@ -81,7 +81,7 @@ def card_of(about: dict[str, Any], name: str, folder: Path | None = None, licens
         "## Measured",
         *_measured(stages[-1] if stages else None),
         "## Licence",
-        f"{license}." if license else "Not stated: that is the publisher's, as `license:` at the top of this page.",
+        "`license:` at the top of this page states it. Where that line is missing, nobody has stated one.",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
@@ -133,7 +133,7 @@ def _started_from(stages: list[Stage]) -> list[str]:
 
 def _about(bases: list[str], rule: str, stages: list[Stage]) -> Iterator[tuple[str, str]]:
     yield "base model", ", ".join(map(shown, bases)) or ("random weights" if stages else "not recorded")
-    what = "; ".join((RULES[part].allows.__doc__ or "").strip().rstrip(".") for part in rule.split("+"))
+    what = "; ".join((get_rule(part).allows.__doc__ or "").strip().rstrip(".") for part in rule.split("+"))
     yield "attention rule", f"`{rule}`: {what}"
     if stages:
         yield "parameters", f"{stages[-1].result['parameters']:,}"

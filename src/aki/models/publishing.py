@@ -64,16 +64,14 @@ class Parcel:
     Attributes:
         files: name -> bytes.
         left: names in the folder that stay here.
-        wrote_card: False where there was one that somebody wrote, which is kept.
-        license: what the card states; None where it states none.
+        said: sentences about the card.
     """
 
     folder: Path
     name: str
     files: dict[str, int]
     left: list[str]
-    wrote_card: bool
-    license: str | None
+    said: list[str]
 
 
 def pack_folder(folder: Path, name: str, license: str | None = None) -> Parcel:
@@ -88,21 +86,36 @@ def pack_folder(folder: Path, name: str, license: str | None = None) -> Parcel:
     """
     validate_repo_id(name)
     if not has_model(folder):
-        models = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        models = sorted(path.name for path in folder.glob("*") if has_model(path))
         hint = f" There are some below it: {', '.join(models)}." if models else ""
         raise ValueError(f"{folder} holds no model: there is no config.json in it.{hint}")
     _check(folder)
     if kind_of(folder) == AkiConfig.model_type and adapter_of(folder) is None:
         shutil.copyfile(LOADER, folder / LOADER.name)
-    wrote_card = not _has_card(folder)
-    card: Any = folder_card(folder, name, license) if wrote_card else ModelCard.load(folder / CARD)
-    if license is not None:
-        card.data.license = license
-    if wrote_card or license is not None:
-        card.save(folder / CARD)
+    said = _write_card(folder, name, license)
     files = {path: (folder / path).stat().st_size for path in sorted(_published(folder))}
     left = sorted({path.name for path in folder.iterdir()} - {path.split("/")[0] for path in files})
-    return Parcel(folder, name, files, left, wrote_card, card.data.license)
+    return Parcel(folder, name, files, left, said)
+
+
+def _write_card(folder: Path, name: str, license: str | None) -> list[str]:
+    """Write a card where there is none; returns what its publisher should know of it."""
+    path = folder / CARD
+    # PEFT leaves a form.
+    kept = path.exists() and _FORM not in path.read_text()
+    card: Any = ModelCard.load(path) if kept else folder_card(folder, name, license)
+    said = [f"{path} is {'kept as it is' if kept else 'written'}."]
+    if kept and name not in card.content:
+        said.append(f"It does not speak of {name}.")
+    if kept and (folder / RESULT).exists() and (folder / RESULT).stat().st_mtime > path.stat().st_mtime:
+        said.append("It is older than the end of the training: delete it to have it written again.")
+    if license is not None:
+        card.data.license = license
+    if license is not None or not kept:
+        card.save(path)
+    if card.data.license is None:
+        said.append("It states no licence: add --license, or the line `license: ...` at its top.")
+    return said
 
 
 def upload(parcel: Parcel, private: bool = False, api: HfApi | None = None) -> str:
@@ -177,11 +190,6 @@ def _run_of(model: Any, saved: Path) -> Path | None:
     weights = json.loads(result.read_text()).get("weights") or {}
     same = all((saved / name).is_file() and checksum(saved / name) == digest for name, (_, digest) in weights.items())
     return result.parent if weights and same else None
-
-
-def _has_card(folder: Path) -> bool:
-    """PEFT leaves a form."""
-    return (folder / CARD).exists() and _FORM not in (folder / CARD).read_text()
 
 
 def _published(folder: Path) -> Iterator[str]:

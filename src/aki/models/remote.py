@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import ProcessorMixin
+
 LOADER = Path(__file__).with_name("modeling_aki.py")
 """The file, which is copied as it is and which nothing here imports."""
 AUTO_MAP = {
@@ -40,3 +42,7 @@ class SavedWithLoader(ImportedCode):
             os.makedirs(save_directory, exist_ok=True)
             shutil.copyfile(LOADER, Path(save_directory) / LOADER.name)
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+class SavedProcessor(SavedWithLoader, ProcessorMixin):
+    """Looks to transformers as ProcessorMixin does: it asks the first parent of a processor for its methods."""

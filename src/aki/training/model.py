@@ -99,7 +99,7 @@ def model_config(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase | None 
         }
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     text_config = _config("text", text)
-    _check_fields("connector", recipe.connector, AkiConnectorConfig())
+    _check_fields("connector", recipe.connector, AkiConnectorConfig(**_named(recipe.connector)))
     return AkiConfig(
         vision_config=_config("vision", recipe.vision),
         text_config=text_config,
@@ -107,6 +107,11 @@ def model_config(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase | None 
         image_token_id=image_token_id,
         initializer_range=text_config.initializer_range,
     )
+
+
+def _named(connector: dict[str, Any]) -> dict[str, Any]:
+    """Which connector, whose own sizes are fields too."""
+    return {"connector": connector["connector"]} if "connector" in connector else {}
 
 
 def _join_backbones(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> AkiForConditionalGeneration:

@@ -6,14 +6,14 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainingArguments, set_seed
 
 from aki.attention.guard import CHOOSE_CAUSAL, LeakError
 from aki.attention.prompts import PromptBlockWriter
@@ -31,7 +31,7 @@ from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
 from aki.models.other import base_of, is_aki, parameters_of
 from aki.training.adapting import quantization_config, with_adapter
-from aki.training.data import REPORT, load_position, open_samples, stage_collators, stage_loader, texts
+from aki.training.data import REPORT, counted, load_position, open_samples, stage_collators, stage_loader, texts
 from aki.training.folder import RESULT, Begun, RunError, begin, first_process, relevant, sealed_weights, training_folder
 from aki.training.held_out import HeldOut, held_out
 from aki.training.model import build_model
@@ -43,6 +43,12 @@ from aki.training.view import training_scenes
 
 _LOOKED_AT = 64
 """Samples in which pictures are looked for before training."""
+_KEEP_BEST = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "greater_is_better": True,
+    "restore_callback_states_from_checkpoint": True,
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ def run_stage(job: Job) -> dict[str, Any]:
         TooManyBadSamples: of the data.
         LeakError: the stage's rule does not fit its data.
     """
+    job = replace(job, recipe=counted(job.recipe, (job.stage,)))
     arguments = stage_arguments(job)
     lock = alone(training_folder(job.output) / "lock", f"the output folder {job.output}")
     with ExitStack() as held:
@@ -137,6 +144,7 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
         "curve": [_point(entry) for entry in trainer.state.log_history if "eval_accuracy" in entry],
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - started,
         "guard_seconds": trainer.guard_seconds,
         "tokens": trainer.state.num_input_tokens_seen,
@@ -174,16 +182,16 @@ def stage_arguments(job: Job) -> TrainingArguments:
     own_loader = bool(stage.sources or stage.shards)
     owned: dict[str, Any] = {
         "output_dir": str(training_folder(job.output)),
-        "max_steps": stage.steps,
+        "max_steps": stage.number_of_steps,
         "per_device_train_batch_size": stage.batch_size,
         "gradient_accumulation_steps": recipe.accumulation(stage, processes),
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": "cosine_warmup_with_min_lr",
         "lr_scheduler_kwargs": {
-            "min_lr": stage.min_learning_rate,
-            "warmup_lr_rate": stage.min_learning_rate / stage.learning_rate,
+            "min_lr": stage.lowest_rate,
+            "warmup_lr_rate": stage.lowest_rate / stage.learning_rate,
         },
-        "warmup_steps": stage.warmup_steps,
+        "warmup_steps": stage.warm_up,
         "weight_decay": stage.weight_decay,
         "adam_beta2": stage.adam_beta2,
         "max_grad_norm": stage.clip,
@@ -192,6 +200,7 @@ def stage_arguments(job: Job) -> TrainingArguments:
         "eval_steps": stage.eval_every or None,
         "save_strategy": "steps" if stage.save_every else "no",
         "save_steps": stage.save_every or 500,
+        **(_KEEP_BEST if stage.patience else {}),
         "bf16": recipe.bf16,
         # There is nothing to shard over one process.
         "fsdp": recipe.fsdp is not None and processes > 1,
@@ -266,6 +275,7 @@ def stage_trainer(
         model,
         arguments,
         **data,
+        callbacks=[EarlyStoppingCallback(stage.patience)] if stage.patience else None,
         eval_dataset=None if asked is None else asked.validation,
         score=score,
         may_open_nothing=stage.seen > 0,
