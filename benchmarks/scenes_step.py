@@ -45,7 +45,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two rounds")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     options = parser.parse_args()
-    recipe, taken = variants(options.start), {name: [] for name in VARIANTS}
+    recipe = variants(options.start)
+    taken: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with TemporaryDirectory() as folder:
         steps = {name: row_steps(recipe, [name], Path(folder))[name] for name in VARIANTS}
         for number in range(1 + (2 if options.quick else options.rounds)):
