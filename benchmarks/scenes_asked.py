@@ -74,7 +74,7 @@ def asked(model: Any, processor: Any, recipe: Recipe, attention: str) -> dict[st
     assert parts is not None
 
     def score() -> dict[str, float]:
-        return accuracy_by_skill(model, batch, parts.test, stage.batch_size)
+        return accuracy_by_skill(model, batch, parts.test, batch_size=stage.batch_size)
 
     found: dict[str, Any] = {"under": {}}
     for rule in RULES:
