@@ -128,3 +128,26 @@ def test_tables_and_llavas_json(model_folder, questions, tmp_path, ending):
         file.write_text(json.dumps([{"id": str(n), "image": f"{n}.png", "conversations": chats} for n in range(2)]))
     run(model_folder, file, tmp_path / "out")
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 2
+
+
+def test_every_kind_of_question(model_folder, questions, tmp_path, capsys):
+    """Two pictures, a second turn, no picture, a picture that is broken and one that is missing."""
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+
+    def asked(*parts):
+        return {"role": "user", "content": [*parts, {"type": "text", "text": "what?"}]}
+
+    pictures = [{"type": "image", "image": f"{name}.png"} for name in ("0", "1", "broken", "gone")]
+    answer = {"role": "assistant", "content": "red"}
+    chats = [
+        [asked(*pictures[:2]), answer],
+        [asked(pictures[0]), answer, asked(pictures[1]), answer],
+        [asked(), answer],
+        *([asked(bad), answer] for bad in pictures[2:]),
+    ]
+    file = tmp_path / "all.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    run(model_folder, file, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [len(line["pictures"]) for line in lines] == [2, 2, 0]
+    assert "2 of 5" in capsys.readouterr().out

@@ -273,3 +273,16 @@ def test_auto_class_reads_what_was_saved(published, recipe, tmp_path):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert model.config.attention_rule == "mma"
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_asked_own_questions(published, data, tmp_path, family):
+    """Pictures, turns and text alone in batches of three: each answer is the one that the question gets alone."""
+    options = ["--unlock", "--data", str(data / "asked.jsonl"), "--images", str(data), "--limit-new-tokens", "4"]
+    said = []
+    for size in ("3", "1"):
+        output = tmp_path / size
+        main(["eval", str(published(family)), *options, "--batch-size", size, "--output", str(output)])
+        said.append((output / "predictions.jsonl").read_text())
+    assert said[0] == said[1]
+    assert json.loads((output / "results.json").read_text())["settings"]["rule"] == "mma"

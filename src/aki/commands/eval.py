@@ -62,14 +62,18 @@ class Eval(TakesPlugins):
     """Of lmms-eval's random numbers."""
 
     def run(self, rest: list[str]) -> None:
+        for option, count in (
+            ("limit", self.limit),
+            ("limit-new-tokens", self.limit_new_tokens),
+            ("batch-size", self.batch_size),
+        ):
+            if count is not None and count < 1:
+                raise ValueError(f"--{option} must be at least 1, it is {count}.")
         if self.recipe is not None or (self.data is not None and self.data.is_file()):
             self._ask_own()
             return
         if find_spec("lmms_eval") is None:
             raise ValueError("aki eval needs lmms-eval: pip install 'aki-mma[eval]'.")
-        for option, count in (("limit", self.limit), ("limit-new-tokens", self.limit_new_tokens)):
-            if count is not None and count < 1:
-                raise ValueError(f"--{option} must be at least 1, it is {count}.")
         if self.engine == "vllm" and (self.backend is not None or self.limit_new_tokens is not None):
             raise ValueError("--backend and --limit-new-tokens are aki's own engine's: leave them out with vllm.")
         from aki.evaluation.suite import columns
@@ -112,6 +116,8 @@ class Eval(TakesPlugins):
             }
             results = own.measure(own.on_its_device(model), collator, samples, output, settings, report)
         print(f"\n{own.own_table([results])}\n")
+        if report is not None and report.skipped:
+            print(f"Not asked: {report.summary()}.")
         print(f"Each answer: {output}/predictions.jsonl. Beside others: aki table {output} ...")
 
     def _evaluate(self, name: str, output: Path) -> None:
