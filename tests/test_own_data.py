@@ -6,12 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
+from small_models import small_aki
 
 from aki.cli import main
-from aki.training.model import build_model
-from aki.training.recipe import load_recipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "own-data.md"
 COLOURS = ("red", "green", "blue", "yellow")
@@ -25,10 +23,7 @@ def commands():
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
     """A folder as the page's reader has it, who cannot load 7 B: the model is made here."""
-    recipe = load_recipe("digits")
-    recipe.model.text |= {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    model, processor = build_model(recipe, ["what colour is this?", *COLOURS])
+    model, processor = small_aki(["what colour is this?", *COLOURS])
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     (tmp_path / "images").mkdir()

@@ -3,29 +3,21 @@
 import json
 
 import pytest
-import torch
 from PIL import Image
+from small_models import enlarge, small_aki
 
 from aki.cli import main
 from aki.evaluation import own
 from aki.models import AkiForConditionalGeneration, AkiProcessor
-from aki.training.model import build_model
 from aki.training.predictions import majority
-from aki.training.recipe import load_recipe
 
 COLOURS = ("red", "green", "blue", "red", "red", "green", "blue")
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    recipe = load_recipe("digits")
-    recipe.model.text |= {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    model, processor = build_model(recipe)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
+    model, processor = small_aki()
+    enlarge(model)
     folder = tmp_path_factory.mktemp("own") / "model"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

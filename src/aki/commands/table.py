@@ -22,7 +22,6 @@ class Table:
     """Where the tables and the picture go."""
 
     def run(self, rest: list[str]) -> None:
-        from aki.evaluation.own import own_table
         from aki.evaluation.table_formats import FORMATS, radar
         from aki.evaluation.tables import differences, paper_tables, read_own, read_results
 
@@ -30,6 +29,8 @@ class Table:
         if own and len(own) < len(self.results):
             raise ValueError("some of these results are of questions of your own, and some are not: show them apart.")
         if own:
+            from aki.evaluation.own import own_table
+
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / "own.md").write_text(own_table(own) + "\n")
             print(f"{own_table(own)}\n\nWritten: {self.output}/own.md")

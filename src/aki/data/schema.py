@@ -24,11 +24,11 @@ class Sample:
 
     @property
     def question(self) -> str:
-        return _text(self.messages[0])
+        return text_of(self.messages[0])
 
     @property
     def answer(self) -> str:
-        return _text(self.messages[-1])
+        return text_of(self.messages[-1])
 
 
 def user(image: Any = None, text: str = "") -> dict[str, Any]:
@@ -45,5 +45,5 @@ def assistant(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def _text(message: dict[str, Any]) -> str:
+def text_of(message: dict[str, Any]) -> str:
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")

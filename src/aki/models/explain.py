@@ -165,16 +165,22 @@ def eager_attention(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def chat_inputs(processor: Any, messages: list[dict[str, Any]]) -> BatchFeature:
-    """What `generate` takes for a chat whose next answer is wanted; templates write the special tokens."""
-    with as_text(processor, messages) as chat:
+def chat_inputs(processor: Any, conversation: list[Any], **options: Any) -> BatchFeature:
+    """What `generate` takes for a chat whose next answer is wanted, or for a list of them, padded on the left.
+
+    Args:
+        options: of `apply_chat_template`, which writes the special tokens.
+    """
+    padding = {"padding": True, "padding_side": "left"} if isinstance(conversation[0], list) else {}
+    with as_text(processor, conversation) as chat:
         return processor.apply_chat_template(
             chat,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"add_special_tokens": False},
+            processor_kwargs={"add_special_tokens": False, **padding},
+            **options,
         )
 
 

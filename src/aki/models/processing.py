@@ -318,12 +318,16 @@ class AkiProcessor(SavedProcessor):
             out["assistant_masks"].append([next(begun) if a else 0 for a in attention])
         return out
 
-    def _rendered(self, *args, processor_kwargs: dict | None = None, **kwargs) -> Any:
-        if len(args) < 2:
-            kwargs["chat_template"] = of_this_thread(self.template(kwargs.get("chat_template")))
-        # A copy, because transformers writes into it.
+    def _rendered(
+        self, conversation, chat_template: str | None = None, *, processor_kwargs: dict | None = None, **kwargs
+    ) -> Any:
         return super().apply_chat_template(
-            *args, **kwargs, processor_kwargs=dict(processor_kwargs or {}), return_tensors=None
+            conversation,
+            chat_template=of_this_thread(self.template(chat_template)),
+            # A copy, because transformers writes into it.
+            processor_kwargs=dict(processor_kwargs or {}),
+            return_tensors=None,
+            **kwargs,
         )
 
     def prompt_blocks(self, input_ids: list[int], attention_mask: list[int], answers: list[int]) -> list[int]:

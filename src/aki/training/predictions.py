@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 
 from aki.attention.prompts import PromptBlockWriter
 from aki.data.collate import ChatCollator
-from aki.data.schema import Sample
+from aki.data.schema import Sample, text_of
 from aki.files import replacing
 from aki.metrics import exact
+from aki.models.explain import chat_inputs
 
 PREDICTIONS = "predictions.jsonl"
 _MEDIA = ("image", "video", "audio")
@@ -78,13 +79,9 @@ def group_of(sample: Sample) -> str:
 def described(sample: Sample, answer: str, score: float) -> Prediction:
     parts = [part for message in sample.messages for part in message["content"]]
     pictures = [part.get("image", part.get("video", part.get("audio"))) for part in parts if part["type"] in _MEDIA]
-    question = "\n".join(
-        "".join(part["text"] for part in message["content"] if part["type"] == "text")
-        for message in sample.messages[:-1]
-    )
     return {
         "id": sample.id,
-        "question": question,
+        "question": "\n".join(map(text_of, sample.messages[:-1])),
         # Those that were drawn have no file.
         "pictures": [str(one) if isinstance(one, str | Path) else None for one in pictures],
         "gold": sample.answer,
@@ -112,15 +109,7 @@ def answers(
     plain = processor.wrapped if isinstance(processor, PromptBlockWriter) else processor
     for start in range(0, len(samples), batch_size):
         chats = [collator.opened(one).messages[:-1] for one in samples[start : start + batch_size]]
-        inputs = plain.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
-            **template,
-        ).to(model.device)
+        inputs = chat_inputs(plain, chats, **template).to(model.device)
         if inputs.get("pixel_values") is not None and inputs["pixel_values"].is_floating_point():
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         out = model.generate(
@@ -134,14 +123,13 @@ def answers(
 
 
 def write_predictions(
-    path: Path, model: Any, collator: ChatCollator, questions: Dataset[Sample], right: Sequence[bool], batch_size: int
+    path: Path, model: Any, collator: ChatCollator, samples: Sequence[Sample], right: Sequence[bool], batch_size: int
 ) -> None:
     """What a trained model answers to the questions that it was measured by, a line of JSON each.
 
     Args:
         right: of each question, whether it was answered rightly, and is not asked again.
     """
-    samples = [questions[number] for number in range(len(right))]
     wrong = [sample for sample, ok in zip(samples, right, strict=True) if not ok]
     longest = max((len(ids) for ids in collator.processor.tokenizer([s.answer for s in wrong])["input_ids"]), default=0)
     was_training = model.training

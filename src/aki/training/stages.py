@@ -311,16 +311,16 @@ def _tested(
     found = answers_right(model, **_asking(job, collator, questions))
     if isinstance(questions, DigitScenes):
         return {"test": summary(found)}
-    golds = [questions[number].answer for number in range(len(found))]
+    samples = [questions[number] for number in range(len(found))]
     # Of sharded weights generation would have to gather every layer for every token; `aki eval --recipe` asks later.
     if trainer.is_world_process_zero() and not trainer.is_fsdp_enabled:
         batch_size = job.recipe.stage(job.stage).batch_size
         right = [ok for ok, _ in found]
-        write_predictions(job.output / PREDICTIONS, base_of(model), collator, questions, right, batch_size)
+        write_predictions(job.output / PREDICTIONS, base_of(model), collator, samples, right, batch_size)
     return {
         "test": summary(found),
         "baselines": {
-            "majority": majority(golds, [group for _, group in found]),
+            "majority": majority([sample.answer for sample in samples], [group for _, group in found]),
             "blind": _score(job, model, collator, WithoutMedia(questions)),
         },
     }
