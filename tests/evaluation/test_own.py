@@ -120,9 +120,10 @@ def test_goes_on_after_a_second_kill(model_folder, questions, tmp_path, monkeypa
         yield next(answers(*arguments))
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(own, "answers", killed)
+    monkeypatch.setattr(own, "answers", killed)
+    with pytest.raises(SystemExit):
         run(model_folder, questions, cut, "--batch-size", "1")
+    monkeypatch.setattr(own, "answers", answers)
     assert (cut / "predictions.jsonl").read_text().count("\n") == 2
     run(model_folder, questions, cut, "--batch-size", "1")
     assert (cut / "predictions.jsonl").read_text() == text
@@ -171,7 +172,7 @@ def test_fields_of_the_recipe_can_be_set(model_folder, questions, tmp_path, caps
 
 
 def test_the_majority_by_hand():
-    golds, skills = ["yes", "yes", "no", "3", "4", "4"], ["exists"] * 3 + ["count"] * 3
+    golds, skills = [("yes",), ("yes",), ("no",), ("3",), ("4",), ("4",)], ["exists"] * 3 + ["count"] * 3
     assert majority(golds, skills) == pytest.approx({"accuracy": 4 / 6, "exists": 2 / 3, "count": 2 / 3})
 
 
@@ -208,3 +209,17 @@ def test_every_kind_of_question(model_folder, questions, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert [len(line["pictures"]) for line in lines] == [2, 2, 0]
     assert "2 of 5" in capsys.readouterr().out
+
+
+def test_several_right_answers(model_folder, questions, tmp_path):
+    """All that people gave are in the predictions, and the score is by all of them."""
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    said = next(alone(model_folder, questions))
+    lines[0]["answers"] = [said, said, *["green"] * 8]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    run(model_folder, questions, tmp_path / "out", "--metric", "vqa")
+    first, second, *_ = map(json.loads, (tmp_path / "out" / "predictions.jsonl").read_text().splitlines())
+    # 2 people of 10: beside each of the two there is one more, beside each of the others there are two.
+    assert first["right"] == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert (first["gold"], first["golds"]) == ("red", lines[0]["answers"])
+    assert "golds" not in second

@@ -130,12 +130,12 @@ def ask(
         for batch in answers(model, collator, rest, batch_size, max_new_tokens):
             for said in batch:
                 sample = next(left)
-                kept.append(described(sample, said, score(said, sample.answer)))
+                kept.append(described(sample, said, score(said, sample.golds)))
                 written.write(json.dumps(kept[-1], ensure_ascii=False) + "\n")
             written.flush()
             bar.update(len(batch))
-    for line in kept:
-        line["right"] = score(line["answer"], line["gold"])
+    for line, sample in zip(kept, samples, strict=True):
+        line["right"] = score(line["answer"], sample.golds)
     _write(file, kept)
     return kept
 
@@ -178,7 +178,7 @@ def measure(
         "skipped": None if report is None else report.summary(),
         "scores": summary(zip((line["right"] for line in seen), groups, strict=True)),
         "blind": summary(zip((line["right"] for line in guessed), groups, strict=True)),
-        "majority": majority([sample.answer for sample in samples], groups, score),
+        "majority": majority([sample.golds for sample in samples], groups, score),
     }
     write_json(output / "results.json", results)
     return results

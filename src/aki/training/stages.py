@@ -309,7 +309,7 @@ def _tested(
 ) -> dict[str, Any]:
     """The final numbers, beside what knowing nothing of the pictures scores; the answers go to `predictions.jsonl`."""
     found = answers_right(model, **_asking(job, collator, questions))
-    golds = [questions[number].answer for number in range(len(found))]
+    golds = [(questions[number].answer,) for number in range(len(found))]
     # Of sharded weights generation would have to gather every layer for every token; `aki eval --recipe` asks later.
     if trainer.is_world_process_zero() and not trainer.is_fsdp_enabled:
         batch_size = job.recipe.stage(job.stage).batch_size
