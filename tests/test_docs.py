@@ -58,7 +58,7 @@ def unknown(command: list[str]) -> list[str]:
     assert f" {command[length - 1]} " in listed, f"there is no command aki {' '.join(command[:length])}"
     text = help_of(tuple(command[:length]))
     options = [word.split("=")[0] for word in command[length:] if word.startswith("--")]
-    takes_recipe = command[0] in ("train", "compare", "data")
+    takes_recipe = command[0] in ("train", "compare", "data") or "--recipe" in command
     return [
         option
         for option in options

@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         disable_progress_bar()  # those of loading and saving; ours say more
     try:
         plugins.load(getattr(getattr(command, "action", command), "plugin", ()))
-        if rest and not isinstance(command, (*TAKE_RECIPE_FIELDS, Serve)):
+        takes_fields = isinstance(command, TAKE_RECIPE_FIELDS) or (isinstance(command, Eval) and command.recipe)
+        if rest and not (takes_fields or isinstance(command, Serve)):
             name = type(command).__name__.lower()
             raise RecipeError(f"aki {name} does not know {' '.join(rest)}; see aki {name} --help.")
         command.run(rest)

@@ -355,3 +355,16 @@ def test_messages_with_marks_in_their_texts():
         plain_messages([asked], ["a.png", "b.png", "c.png"])
     (text,) = plain_messages([asked], [])
     assert text["content"] == [{"type": "text", "text": asked["content"]}], "no images: text, which is then refused"
+
+
+def test_all_answers_that_people_gave(opened, tmp_path):
+    chat = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "2"}]
+    lines = [{"messages": chat, "answers": ["2", "two"]}, {"messages": chat}, {"messages": chat, "answers": ["2", " "]}]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = opened("messages", tmp_path / "chats.jsonl")
+    assert [source[i].golds for i in range(2)] == [("2", "two"), ("2",)]
+    assert bad(source, 2).reason == "empty text"
+    table = datasets.Dataset.from_dict({"q": ["how many?"], "a": ["2"], "all": [["2", "two"]]})
+    table.to_parquet(tmp_path / "table.parquet")
+    columns = {"question": "q", "answer": "a", "answers": "all"}
+    assert opened("datasets", tmp_path / "table.parquet", columns=columns)[0].golds == ("2", "two")

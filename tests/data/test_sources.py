@@ -47,6 +47,7 @@ def test_every_source_yields_a_question_with_its_image_first_and_an_answer(opene
 
 def test_vqav2(opened):
     source = opened("vqav2")
+    assert source[0].golds == (source[0].answer,) * 10
     assert texts(source) == [(SHORT + "What color is the square?", scene.right) for scene in SCENES]
     names = [Path(image(sample)).name for sample in source]
     assert names == [f"COCO_train2014_{coco_id:012}.jpg" for coco_id in COCO_IDS]

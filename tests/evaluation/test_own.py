@@ -98,15 +98,73 @@ def test_goes_on_where_it_was_cut_off(model_folder, questions, tmp_path, monkeyp
     assert (cut / "predictions.jsonl").read_text() == text
 
 
-def test_answers_of_another_rule_are_not_taken(model_folder, questions, tmp_path, capsys):
+def test_goes_on_after_a_second_kill(model_folder, questions, tmp_path, monkeypatch):
+    """Which comes when a line was written behind the half of one that the first kill left."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(model_folder, questions, whole, "--batch-size", "1")
+    run(model_folder, questions, cut, "--batch-size", "1")
+    text = (whole / "predictions.jsonl").read_text()
+    first, second, *_ = text.split("\n")
+    (cut / "predictions.jsonl").write_text(f"{first}\n{second[:20]}")
+    answers = own.answers
+
+    def killed(*arguments):
+        yield next(answers(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own, "answers", killed)
+    with pytest.raises(SystemExit):
+        run(model_folder, questions, cut, "--batch-size", "1")
+    monkeypatch.setattr(own, "answers", answers)
+    assert (cut / "predictions.jsonl").read_text().count("\n") == 2
+    run(model_folder, questions, cut, "--batch-size", "1")
+    assert (cut / "predictions.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize(("option", "value"), [("rule", "causal"), ("dtype", "bfloat16"), ("backend", "eager")])
+def test_answers_made_otherwise_are_not_taken(model_folder, questions, tmp_path, capsys, option, value):
     run(model_folder, questions, tmp_path / "out", "--limit", "2")
     with pytest.raises(SystemExit):
-        run(model_folder, questions, tmp_path / "out", "--limit", "2", "--rule", "causal")
-    assert "choose another --output" in capsys.readouterr().err
+        run(model_folder, questions, tmp_path / "out", "--limit", "2", f"--{option}", value)
+    assert f"made with another {option}: choose another --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed", ["colour 0", "0.png", "red"])
+def test_answers_to_a_changed_question_are_not_taken(model_folder, questions, tmp_path, capsys, changed):
+    run(model_folder, questions, tmp_path / "out")
+    questions.write_text(questions.read_text().replace(changed, {"0.png": "1.png"}.get(changed, "another"), 1))
+    with pytest.raises(SystemExit):
+        run(model_folder, questions, tmp_path / "out")
+    assert "answers to other questions: choose another --output" in capsys.readouterr().err
+
+
+def test_a_question_beyond_the_context_is_not_asked(model_folder, questions, tmp_path, capsys):
+    questions.write_text(questions.read_text().replace("colour 2", "colour? " * 300))
+    run(model_folder, questions, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["question"] for line in lines] == [f"colour {n}" for n in range(7) if n != 2]
+    assert "Not asked: 1 of 7" in capsys.readouterr().out
+
+
+def test_fields_of_the_recipe_can_be_set(model_folder, questions, tmp_path, capsys):
+    recipe = tmp_path / "mine.yaml"
+    source = "{kind: messages, annotations: questions.jsonl, images: .}"
+    recipe.write_text(
+        f"name: mine\nmodel: {{pretrained: {model_folder}}}\nroot: /nowhere\n"
+        f"data: {{held_out: [{source}]}}\n"
+        "sft: {task: question, rule: mma, steps: 1, batch_size: 1, learning_rate: 1e-3, max_length: 512,\n"
+        "  sources: [{kind: messages, annotations: other.jsonl, images: .}]}\n"
+    )
+    asked = ["eval", str(model_folder), "--recipe", str(recipe), "--output", str(tmp_path / "out")]
+    main([*asked, "--root", str(tmp_path), "--data.eval-size", "3", "--data.test-size", "4"])
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 4
+    with pytest.raises(SystemExit):
+        main(["eval", str(model_folder), "--data", str(questions), "--root", "x"])
+    assert "does not know --root" in capsys.readouterr().err
 
 
 def test_the_majority_by_hand():
-    golds, skills = ["yes", "yes", "no", "3", "4", "4"], ["exists"] * 3 + ["count"] * 3
+    golds, skills = [("yes",), ("yes",), ("no",), ("3",), ("4",), ("4",)], ["exists"] * 3 + ["count"] * 3
     assert majority(golds, skills) == pytest.approx({"accuracy": 4 / 6, "exists": 2 / 3, "count": 2 / 3})
 
 
@@ -143,3 +201,17 @@ def test_every_kind_of_question(model_folder, questions, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert [len(line["pictures"]) for line in lines] == [2, 2, 0]
     assert "2 of 5" in capsys.readouterr().out
+
+
+def test_several_right_answers(model_folder, questions, tmp_path):
+    """All that people gave are in the predictions, and the score is by all of them."""
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    said = next(alone(model_folder, questions))
+    lines[0]["answers"] = [said, said, *["green"] * 8]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    run(model_folder, questions, tmp_path / "out", "--metric", "vqa")
+    first, second, *_ = map(json.loads, (tmp_path / "out" / "predictions.jsonl").read_text().splitlines())
+    # 2 people of 10: beside each of the two there is one more, beside each of the others there are two.
+    assert first["right"] == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert (first["gold"], first["golds"]) == ("red", lines[0]["answers"])
+    assert "golds" not in second

@@ -39,7 +39,7 @@ class Eval(TakesPlugins):
     images: Path | None = None
     """The folder of the pictures of such a file; its own if absent."""
     recipe: Path | None = None
-    """Ask what this recipe holds out (data.held_out) for the final numbers."""
+    """Ask what this recipe holds out (data.held_out) for the final numbers; its fields can be set: --root /data"""
     metric: Literal["exact", "vqa", "anls", "relaxed"] = "exact"
     """How answers to your own questions are scored: VQA's, ANLS, or ChartQA's relaxed accuracy (numbers within 5 %)."""
     batch_size: int = 16
@@ -70,7 +70,7 @@ class Eval(TakesPlugins):
             if count is not None and count < 1:
                 raise ValueError(f"--{option} must be at least 1, it is {count}.")
         if self.recipe is not None or (self.data is not None and self.data.is_file()):
-            self._ask_own()
+            self._ask_own(rest)
             return
         if find_spec("lmms_eval") is None:
             raise ValueError("aki eval needs lmms-eval: pip install 'aki-mma[eval]'.")
@@ -87,7 +87,7 @@ class Eval(TakesPlugins):
         with alone(output / "lock", f"the output folder {output}") if first else nullcontext():
             self._evaluate(name, output)
 
-    def _ask_own(self) -> None:
+    def _ask_own(self, overrides: list[str]) -> None:
         from aki.commands.shared import read_recipe
         from aki.evaluation import own
         from aki.evaluation.opening import load_model
@@ -98,18 +98,20 @@ class Eval(TakesPlugins):
                 "your own questions are --recipe or --data, asked by aki's own engine: leave --tasks, --engine vllm "
                 "and the other of the two out."
             )
-        recipe = None if self.recipe is None else read_recipe(self.recipe, [])
+        recipe = None if self.recipe is None else read_recipe(self.recipe, overrides)
         name = self.name or Path(self.model).resolve().name
         output = self.output or Path("runs/eval") / f"{name}-own"
         with alone(output / "lock", f"the output folder {output}"):
             model, processor = load_model(self.model, self.dtype, self.rule, self.unlock, self.backend)
-            collator = own.collator_of(processor, recipe)
-            asked: Any = recipe if recipe is not None else [own.source_of(self.data, self.images)]  # type: ignore[arg-type]
+            collator = own.collator_of(model, processor, recipe)
+            asked: Any = recipe if recipe is not None else own.opened(self.data, self.images)  # type: ignore[arg-type]
             samples, report = own.questions_of(asked, collator, self.limit)
             settings = {
                 "name": name,
                 "model": self.model,
                 "rule": getattr(model.config, "attention_rule", None) or "causal",
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "backend": model.config.get_text_config()._attn_implementation,
                 "metric": self.metric,
                 "batch_size": self.batch_size,
                 "max_new_tokens": self.limit_new_tokens or 64,

@@ -15,12 +15,14 @@ class Sample:
         source: the name of the data set.
         id: the sample's name in it.
         skill: what answering needs, where the source knows.
+        answers: all that people gave, where there are several; the chat has one of them.
     """
 
     messages: list[dict[str, Any]]
     source: str
     id: str
     skill: str = ""
+    answers: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -29,6 +31,11 @@ class Sample:
     @property
     def answer(self) -> str:
         return text_of(self.messages[-1])
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """What an answer is scored against."""
+        return self.answers or (self.answer,)
 
 
 def user(image: Any = None, text: str = "") -> dict[str, Any]:

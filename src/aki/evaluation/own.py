@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from tqdm.auto import tqdm
 
 from aki.attention import write_prompt_blocks
 from aki.data.collate import ChatCollator
+from aki.data.mixture import Samples
 from aki.data.report import DataReport
 from aki.data.schema import Sample
 from aki.data.sources import open_source
+from aki.evaluation.answers import key_of
 from aki.evaluation.fingerprints import model_fingerprint
 from aki.evaluation.tables import OWN
-from aki.files import write_json
+from aki.files import replacing, write_json
 from aki.metrics import METRICS
 from aki.models import AkiProcessor
 from aki.training.data import stage_collators
@@ -33,38 +36,44 @@ from aki.training.predictions import (
     majority,
     summary,
 )
-from aki.training.recipe import Recipe, SourceRecipe
+from aki.training.recipe import Recipe
 
 BLIND = "blind.jsonl"
+_NO_LIMIT = 1 << 20
+"""Tokens."""
 _KINDS = {".jsonl": "messages", ".json": "llava_conversations"}
 _COLUMNS = {name: name for name in ("image", "question", "answer")}
 
 
-def source_of(file: Path, images: Path | None) -> SourceRecipe:
-    """A file of questions as a source: chats (.jsonl), LLaVA's JSON, or a table with columns image, question, answer.
+def opened(file: Path, images: Path | None) -> Samples:
+    """A file of questions: chats (.jsonl), LLaVA's JSON, or a table with columns image, question, answer.
 
     Args:
         images: the folder of its pictures; the file's own if absent.
+
+    Raises:
+        SourceError: it is not there, or not what it should be.
     """
     kind = _KINDS.get(file.suffix, "datasets")
     options = {} if kind != "datasets" else {"columns": _COLUMNS}
-    folder = str((images or file.parent).resolve())
-    return SourceRecipe(kind, (str(file.resolve()),), (folder,), name=file.stem, options=options)
+    folder = (images or file.parent).resolve()
+    return open_source(kind, annotations=[file.resolve()], images=[folder], name=file.stem, **options)
 
 
-def collator_of(processor: Any, recipe: Recipe | None) -> ChatCollator:
-    """What writes the prompts, as the recipe's SFT wrote them."""
+def collator_of(model: Any, processor: Any, recipe: Recipe | None) -> ChatCollator:
+    """What writes the prompts, as the recipe's SFT wrote them, and no longer than the model's context."""
     writer = processor if isinstance(processor, AkiProcessor) else write_prompt_blocks(processor)
-    if recipe is not None:
-        return stage_collators(writer, recipe.stage("sft"))[0]
-    longest = getattr(processor.tokenizer, "model_max_length", None) or 0
-    return ChatCollator(writer, longest if 0 < longest < 1 << 20 else 1 << 20)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
+    if recipe is None:
+        return ChatCollator(writer, context)
+    collator = stage_collators(writer, recipe.stage("sft"))[0]
+    return replace(collator, max_length=min(collator.max_length, context))
 
 
 def questions_of(
-    asked: Recipe | Sequence[SourceRecipe], collator: ChatCollator, limit: int | None
+    asked: Recipe | Samples, collator: ChatCollator, limit: int | None
 ) -> tuple[list[Sample], DataReport | None]:
-    """The questions that a recipe holds out for the final numbers, or all of some sources; and what was skipped.
+    """The questions that a recipe holds out for the final numbers, or all of a source; and what was skipped.
 
     Raises:
         ValueError: there are none.
@@ -76,23 +85,14 @@ def questions_of(
             raise ValueError("the recipe holds no questions out: name their sources in data.held_out.")
         chosen, report = found.test, found.report
     else:
-        sources, report = [_opened(one) for one in asked], DataReport()
-        picks = [
-            (number, index)
-            for number, source in enumerate(sources)
-            for index in range(len(source))
-            if usable(source, index, collator, report)
-        ]
+        report = DataReport()
+        picks = [(0, index) for index in range(len(asked)) if usable(asked, index, collator, report)]
         report.check()
         if not picks:
             raise ValueError(f"there is no question to ask: {report.summary()}.")
-        chosen = Chosen(sources, picks)
+        chosen = Chosen([asked], picks)
     numbers = islice(range(len(chosen)), limit)  # type: ignore[arg-type]
     return [chosen[number] for number in numbers], report
-
-
-def _opened(one: SourceRecipe) -> Any:
-    return open_source(one.kind, annotations=one.annotations, images=one.images, name=one.name, **one.options)
 
 
 def ask(
@@ -111,10 +111,11 @@ def ask(
         ValueError: the file holds answers to other questions.
     """
     score, kept = METRICS[metric], _kept(file)
-    names = [(sample.source, sample.id) for sample in samples]
-    if [(line["source"], line["id"]) for line in kept] != names[: len(kept)]:
+    asked = [described(sample, "", 0.0) for sample in samples]
+    if [line | {"answer": "", "right": 0.0} for line in kept] != asked[: len(kept)]:
         raise ValueError(f"{file} holds answers to other questions: choose another --output, or remove it.")
     file.parent.mkdir(parents=True, exist_ok=True)
+    _write(file, kept)  # without what a kill cut off, which the next line would join
     rest = samples[len(kept) :]
     with (
         file.open("a", encoding="utf-8") as written,
@@ -124,13 +125,13 @@ def ask(
         for batch in answers(model, collator, rest, batch_size, max_new_tokens):
             for said in batch:
                 sample = next(left)
-                kept.append(described(sample, said, 0.0))
+                kept.append(described(sample, said, score(said, sample.golds)))
                 written.write(json.dumps(kept[-1], ensure_ascii=False) + "\n")
             written.flush()
             bar.update(len(batch))
-    for line in kept:
-        line["right"] = score(line["answer"], line["gold"])
-    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    for line, sample in zip(kept, samples, strict=True):
+        line["right"] = score(line["answer"], sample.golds)
+    _write(file, kept)
     return kept
 
 
@@ -145,13 +146,16 @@ def measure(
     """Ask with and without the pictures, and write `predictions.jsonl`, `blind.jsonl` and `results.json`.
 
     Args:
-        settings: name, model, metric, batch_size, max_new_tokens, rule.
+        settings: name, model, metric, batch_size, max_new_tokens, rule, dtype, backend.
     """
     known = output / "asked.json"
-    about = {name: settings[name] for name in ("model", "rule", "max_new_tokens")}
+    about = {name: settings[name] for name in ("model", "rule", "dtype", "backend", "max_new_tokens")}
+    about["template"] = key_of(collator.template, getattr(collator.processor, "chat_template", None))
     about["checkpoint"] = model_fingerprint(settings["model"], getattr(model.config, "_commit_hash", None))
-    if known.exists() and json.loads(known.read_text()) != json.loads(json.dumps(about)):
-        raise ValueError(f"{output} holds answers of another model, rule or length: choose another --output.")
+    then = json.loads(known.read_text()) if known.exists() else about
+    other = [name for name in about if then.get(name) != json.loads(json.dumps(about[name]))]
+    if known.exists() and other:
+        raise ValueError(f"{output} holds answers made with another {', '.join(other)}: choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
     write_json(known, about)
     options = {name: settings[name] for name in ("metric", "batch_size", "max_new_tokens")}
@@ -169,7 +173,7 @@ def measure(
         "skipped": None if report is None else report.summary(),
         "scores": summary(zip((line["right"] for line in seen), groups, strict=True)),
         "blind": summary(zip((line["right"] for line in guessed), groups, strict=True)),
-        "majority": majority([sample.answer for sample in samples], groups, score),
+        "majority": majority([sample.golds for sample in samples], groups, score),
     }
     write_json(output / "results.json", results)
     return results
@@ -204,6 +208,11 @@ def _row(title: str, questions: int, scores: dict[str, float], columns: Sequence
 
 def on_its_device(model: Any) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _write(file: Path, lines: Sequence[Prediction]) -> None:
+    with replacing(file) as partial:
+        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def _kept(file: Path) -> list[Prediction]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from aki.attention.prompts import PromptBlockWriter
 from aki.data.collate import ChatCollator
 from aki.data.schema import Sample, text_of
 from aki.files import replacing
-from aki.metrics import exact
+from aki.metrics import Metric, exact
 from aki.models.explain import chat_inputs
 
 PREDICTIONS = "predictions.jsonl"
 _MEDIA = ("image", "video", "audio")
 
 Prediction = dict[str, Any]
-"""question, pictures, gold, answer, right (0 to 1), source, skill, id."""
+"""id, question, pictures, gold, golds (where people gave several), answer, right (0 to 1), source, skill."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,19 @@ class WithoutMedia(Dataset):
         return replace(sample, messages=messages)
 
 
-def majority(
-    golds: Sequence[str], groups: Sequence[str], metric: Callable[[str, str], float] = exact
-) -> dict[str, float]:
+def majority(golds: Sequence[Sequence[str]], groups: Sequence[str], metric: Metric = exact) -> dict[str, float]:
     """The score of always giving the most common answer of the question's skill (or source): `accuracy` and each's.
 
     Args:
-        groups: the skill, or source, of each answer.
+        golds: the right answers to each question.
+        groups: the skill, or source, of each question.
     """
-    by_group: dict[str, list[str]] = defaultdict(list)
+    by_group: dict[str, list[Sequence[str]]] = defaultdict(list)
     for gold, group in zip(golds, groups, strict=True):
         by_group[group].append(gold)
     scores: dict[str, list[float]] = {}
     for group, own in by_group.items():
-        common = Counter(own).most_common(1)[0][0]
+        common = Counter(answer for gold in own for answer in gold).most_common(1)[0][0]
         scores[group] = [metric(common, gold) for gold in own]
     return summary((score, group) for group, own in scores.items() for score in own)
 
@@ -85,6 +84,7 @@ def described(sample: Sample, answer: str, score: float) -> Prediction:
         # Those that were drawn have no file.
         "pictures": [str(one) if isinstance(one, str | Path) else None for one in pictures],
         "gold": sample.answer,
+        **({"golds": list(sample.answers)} if sample.answers else {}),
         "answer": answer,
         "right": score,
         "source": sample.source,

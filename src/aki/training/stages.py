@@ -320,7 +320,7 @@ def _tested(
     return {
         "test": summary(found),
         "baselines": {
-            "majority": majority([sample.answer for sample in samples], [group for _, group in found]),
+            "majority": majority([(sample.answer,) for sample in samples], [group for _, group in found]),
             "blind": _score(job, model, collator, WithoutMedia(questions)),
         },
     }

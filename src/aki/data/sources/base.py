@@ -114,7 +114,7 @@ class Source(Dataset, ABC):
             check_texts(messages)
         except BadSample as bad:
             raise BadSample(bad.reason, bad.detail, self.name, bad.id or name) from bad.__cause__
-        return Sample(messages, self.name, name)
+        return Sample(messages, self.name, name, answers=tuple(row.get("answers") or ()))
 
     def _with_images(self, message: dict[str, Any], view: View | None) -> dict[str, Any]:
         parts = [

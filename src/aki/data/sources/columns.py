@@ -14,10 +14,10 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from aki.data.augment import View
 from aki.data.plain import plain_messages
 from aki.data.schema import assistant
-from aki.data.sources.base import Source, malformed
+from aki.data.sources.base import Source, malformed, said
 from aki.data.sources.files import Paths, Row, SourceError, as_list
 
-FIELDS = ("id", "image", "question", "answer", "messages")
+FIELDS = ("id", "image", "question", "answer", "answers", "messages")
 READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 
 
@@ -28,7 +28,8 @@ class DatasetColumns(Source):
         columns: the data set's column for `answer` and, where there are, `question` and `image`; or for `messages`
             (and `image`, for image parts that name none themselves). `id` is the row's number if absent. An image is a
             picture, its bytes, its name below `images`, or a list of these. Questions and answers may be numbers;
-            those of a CSV file are what stands in it, "007" and "None" too.
+            those of a CSV file are what stands in it, "007" and "None" too. `answers` is a list of all that people
+            gave, by which a metric may score.
         split: of a data set that has several.
     """
 
@@ -66,7 +67,8 @@ class DatasetColumns(Source):
         values = {field: raw[name] for field, name in self.columns.items()}
         name = str(values.get("id", index))
         with malformed(name, values):
-            return {"id": name, "messages": self._messages(values)}
+            answers = [said(_written(one), "answer") for one in values.get("answers") or []]
+            return {"id": name, "messages": self._messages(values), "answers": answers}
 
     def chat(self, row: Row, rng: Random, view: View | None) -> list[Row]:
         return row["messages"]

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from aki.data.augment import View
 from aki.data.plain import plain_messages
 from aki.data.report import BadSample
-from aki.data.sources.base import Source
-from aki.data.sources.files import Columns, Row, json_lines
+from aki.data.sources.base import Source, said
+from aki.data.sources.files import Columns, Row, as_list, json_lines
 
 
 class Messages(Source):
@@ -20,10 +20,11 @@ class Messages(Source):
 
     Content is a text or a list of parts. An image part names its picture (`image`, `path`, `url` or `image_url`), or
     takes the next one of `images`; so does each `<image>` in a text, where a line has `images` (the form of
-    LLaMA-Factory and ms-swift). The id may be left out.
+    LLaMA-Factory and ms-swift). The id may be left out. `answers` lists all that people gave to the last turn, by which
+    a metric may score.
     """
 
-    COLUMNS: ClassVar[Columns] = {"messages": "string"}
+    COLUMNS: ClassVar[Columns] = {"messages": "string", "answers": ["string"]}
 
     def entries(self, *files: Path) -> Iterator[tuple[str, Row] | BadSample]:
         for file in files:
@@ -37,7 +38,11 @@ class Messages(Source):
     def parse(self, entry: tuple[str, Row]) -> Iterator[Row]:
         where, values = entry
         messages = plain_messages(values["messages"], values.get("images") or [])
-        yield {"id": str(values.get("id", where)), "messages": json.dumps(messages, ensure_ascii=False)}
+        yield {
+            "id": str(values.get("id", where)),
+            "messages": json.dumps(messages, ensure_ascii=False),
+            "answers": [said(one, "answer") for one in as_list(values.get("answers") or [])],
+        }
 
     def chat(self, row: Row, rng: Random, view: View | None) -> list[dict[str, Any]]:
         return json.loads(row["messages"])

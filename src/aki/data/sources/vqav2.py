@@ -28,23 +28,28 @@ class ShortAnswers(Source):
 
 
 class VQAv2(ShortAnswers):
+    COLUMNS: ClassVar[Columns] = {**ShortAnswers.COLUMNS, "answers": ["string"]}
     FILES = ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train2014_annotations.json")
 
-    def entries(self, *files: Path) -> Iterator[tuple[Row, str | None]]:
+    def entries(self, *files: Path) -> Iterator[tuple[Row, Row | None]]:
         questions, annotations = files
         answers = {
-            entry.get("question_id"): entry.get("multiple_choice_answer") for entry in json_items(annotations, ANSWERS)
+            entry.get("question_id"): {
+                "answer": entry.get("multiple_choice_answer"),
+                "answers": [one["answer"] for one in entry.get("answers") or []],
+            }
+            for entry in json_items(annotations, ANSWERS)
         }
         for entry in json_items(questions, QUESTIONS):
             yield entry, answers.get(entry.get("question_id"))
 
-    def parse(self, entry: tuple[Row, str | None]) -> Iterator[Row]:
-        question, answer = entry
-        if answer is None:
+    def parse(self, entry: tuple[Row, Row | None]) -> Iterator[Row]:
+        question, given = entry
+        if given is None or given["answer"] is None:
             raise BadSample(Reason.MALFORMED, "the question has no annotation.", id=str(question["question_id"]))
         yield {
             "id": str(question["question_id"]),
             "image": f"COCO_train2014_{question['image_id']:012}.jpg",
             "question": question["question"],
-            "answer": answer,
+            **given,
         }
