@@ -23,6 +23,7 @@ from aki.data.feed import Position
 from aki.data.memory import Batches, Memory
 from aki.data.mixture import Mixture
 from aki.data.orders import InEachOrder
+from aki.data.pack import rope_index_of
 from aki.data.packing import PackedCollator, PackedRows
 from aki.data.report import TooManyBadSamples
 from aki.data.shards import ShardMixture
@@ -254,7 +255,10 @@ def stage_trainer(
             data = {"data_collator": shown, "train_dataset": range(len(train))}
     else:
         rank, ranks = arguments.process_index, arguments.world_size
-        loader = stage_loader(samples, collators, recipe, stage, rank, ranks, position, torch.cuda.is_available())
+        rope_index = rope_index_of(model) if stage.packing and not is_aki(model) else None
+        loader = stage_loader(
+            samples, collators, recipe, stage, rank, ranks, position, torch.cuda.is_available(), rope_index
+        )
         data = {"data_collator": collator, "loader": loader}
         if settles:
             seen = samples.peek(_LOOKED_AT, lambda sample: (collator.encode(sample)[0].get("pixel_values"),))
