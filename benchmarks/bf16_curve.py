@@ -23,7 +23,7 @@ from aki.training.stages import Job, run_stage
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
+RECIPE = "digits"
 BATCH = 16
 PRECISIONS = {"float32": False, "bfloat16 autocast": True}
 
@@ -34,7 +34,7 @@ def shortened(steps: int, bf16: bool) -> Recipe:
     for name in STAGES:
         stage = recipe.stage(name)
         stage.steps, stage.log_every, stage.eval_every, stage.save_every = steps, max(1, steps // 30), 0, 0
-        stage.warmup_steps, stage.batch_size = min(stage.warmup_steps, steps // 4), BATCH
+        stage.warmup_steps, stage.batch_size = min(stage.warm_up, steps // 4), BATCH
     return recipe
 
 

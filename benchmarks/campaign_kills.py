@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 from aki.files import checksum
 from aki.training.recipe import Recipe, load_recipe
 
-RECIPE = Path(__file__).parents[1] / "recipes/digits.yaml"
+RECIPE = "digits"
 STEPS, SAVE_EVERY = 12, 4
 WINDOWS = ("steps", "checkpoint", "scoring", "weights", "result")
 DAMAGES = ("flip", "cut", "miss")

@@ -23,7 +23,7 @@ import torch
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
 from aki.models import AkiForConditionalGeneration, AkiProcessor
-from aki.training.recipe import Recipe, StageRecipe, load_recipe
+from aki.training.recipe import PretrainRecipe, Recipe, load_recipe
 from aki.training.stages import Job, run_stage, write_json
 
 WAYS = ("naive", "causal", "split", "split + causal")
@@ -32,7 +32,7 @@ CAPTIONS, GENERATED = 512, 96
 """Held-out captions whose loss is measured, and scenes that are described."""
 
 
-def pretraining(way: str, stage: StageRecipe) -> StageRecipe:
+def pretraining(way: str, stage: PretrainRecipe) -> PretrainRecipe:
     """The stage of a way; all read as many tokens."""
     if way == "causal":
         return stage
@@ -40,7 +40,7 @@ def pretraining(way: str, stage: StageRecipe) -> StageRecipe:
         return replace(stage, rule="mma")
     if way == "split":
         return replace(stage, rule="mma", seen=SEEN)
-    return replace(stage, rule="mma", seen=SEEN, also_causal=True, steps=stage.steps // 2)
+    return replace(stage, rule="mma", seen=SEEN, also_causal=True, steps=stage.number_of_steps // 2)
 
 
 class Everything(ChatCollator):
@@ -53,7 +53,8 @@ class Everything(ChatCollator):
 
 def run(way: str, seed: int, recipe: Recipe, output: Path) -> dict[str, Any]:
     """One cell: both stages and what is measured after each."""
-    recipe = replace(recipe, seed=seed, pretrain=pretraining(way, recipe.stage("pretrain")))
+    assert recipe.pretrain is not None
+    recipe = replace(recipe, seed=seed, pretrain=pretraining(way, recipe.pretrain))
     folder = output / f"{way.replace(' ', '')}-{seed}"
     job = Job(recipe, "pretrain", folder / "pretrain", resume=True, title=f"{way} {seed} captions")
     if way == "naive":
@@ -168,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/digits.yaml"))
+    parser.add_argument("--recipe", type=Path, default=Path("digits"))
     parser.add_argument("--steps", type=int, nargs=2, default=(1000, 1000), help="of captions, of questions")
     parser.add_argument("--output", type=Path, default=Path("results/pretraining"))
     parser.add_argument("--picture", type=Path, default=Path("docs/pretraining.png"))
@@ -176,11 +177,11 @@ def main() -> None:
     options = parser.parse_args()
     recipe = load_recipe(options.recipe)
     steps = (6, 4) if options.quick else options.steps
-    pretrain, sft = (
-        replace(recipe.stage(name), steps=count, eval_every=0, save_every=0)
+    stages: dict[str, Any] = {
+        name: replace(recipe.stage(name), steps=count, eval_every=0, save_every=0)
         for name, count in zip(("pretrain", "sft"), steps, strict=True)
-    )
-    recipe = replace(recipe, pretrain=pretrain, sft=sft, rows={}, workers=0)
+    }
+    recipe = replace(recipe, **stages, rows={}, workers=0)
     if options.quick:
         recipe = replace(recipe, data=replace(recipe.data, eval_size=12, test_size=24))
     kept = options.output / "cells"

@@ -29,7 +29,7 @@ from PIL import Image
 from aki.training.recipe import load_recipe
 from aki.training.stages import build_model
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
+RECIPE = "digits"
 CLIENTS = (1, 8, 32)
 MODES = {"batched": 32, "sequential": 1}
 """What --max-batch is."""

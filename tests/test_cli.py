@@ -13,8 +13,8 @@ from aki.attention import RULES
 from aki.cli import main
 from aki.training.stages import build_model
 
-DIGITS = "recipes/digits.yaml"
-TABLE1 = "recipes/digits-table1.yaml"
+DIGITS = "digits"
+TABLE1 = "digits-table1"
 
 
 @pytest.fixture
@@ -156,4 +156,4 @@ def test_chat_takes_pictures_pipes_and_scripts(model_folder, capsys, monkeypatch
 def test_demo_says_what_it_needs(model_folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "aki.apps.demo.page", raising=False)
-    assert "pip install 'aki[demo]'" in says(capsys, ["demo", model_folder])
+    assert "pip install 'aki-mma[demo]'" in says(capsys, ["demo", model_folder])

@@ -20,3 +20,9 @@ def test_a_tiny_llava_learns_locked_and_unlocked():
     assert shares.keys() == {"causal", "mma"}
     assert all(share > 0.5 for share in shares.values())
     assert shares["causal"] != shares["mma"]
+
+
+def test_a_tiny_aki_learns_from_a_list_of_chats():
+    done = subprocess.run([sys.executable, EXAMPLES / "train_aki.py"], capture_output=True, text=True, check=True)
+    told = dict(line.split(" -> ") for line in done.stdout.splitlines() if " -> " in line)
+    assert told == {colour: colour for colour in ("red", "green", "blue", "yellow")}

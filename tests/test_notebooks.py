@@ -11,7 +11,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def test_what_the_image_read(tmp_path):
     # Somewhere without trained models, where it trains one.
     (tmp_path / "examples").mkdir()
-    (tmp_path / "recipes").symlink_to(EXAMPLES.parent / "recipes")
     notebook = nbformat.read(EXAMPLES / "what_the_image_read.ipynb", as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path / "examples"}}).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -1,11 +1,13 @@
 """AKI and modality-mutual attention."""
 
 # compat first: it warns of a transformers that was not tested, before an import fails.
-from aki import compat, plots  # noqa: F401
+from aki import compat, plots, plugins  # noqa: F401
 from aki.attention import lock, unlock, write_prompt_blocks
-from aki.data.pack import pack
-from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiModel, AkiProcessor
+from aki.data import ChatCollator, pack
+from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiModel, AkiProcessor, templates
 from aki.models.explain import explain
+
+plugins.load_from_environment()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,10 +16,12 @@ __all__ = [
     "AkiForConditionalGeneration",
     "AkiModel",
     "AkiProcessor",
+    "ChatCollator",
     "explain",
     "lock",
     "pack",
     "plots",
+    "templates",
     "unlock",
     "write_prompt_blocks",
 ]

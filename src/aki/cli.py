@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from aki import plugins
 from aki.commands.chat import Chat
 from aki.commands.compare import Compare
 from aki.commands.convert import Convert
@@ -17,6 +18,8 @@ from aki.commands.data import Data
 from aki.commands.demo import Demo
 from aki.commands.eval import Eval
 from aki.commands.mask import Mask
+from aki.commands.publish import Publish
+from aki.commands.recipe import Recipe
 from aki.commands.serve import Serve
 from aki.commands.table import Table
 from aki.commands.train import Train
@@ -31,9 +34,11 @@ COMMANDS: tuple[Any, ...] = (
     Demo,
     Mask,
     Data,
+    Recipe,
     Eval,
     Table,
     Serve,
+    Publish,
 )
 TAKE_RECIPE_FIELDS = (Train, Compare, Data)  # --sft.steps 100
 GOES_ON = {
@@ -59,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         disable_progress_bar()  # those of loading and saving; ours say more
     try:
+        plugins.load(getattr(getattr(command, "action", command), "plugin", ()))
         if rest and not isinstance(command, (*TAKE_RECIPE_FIELDS, Serve)):
             name = type(command).__name__.lower()
             raise RecipeError(f"aki {name} does not know {' '.join(rest)}; see aki {name} --help.")

@@ -12,11 +12,10 @@ from aki.training.stages import build_model
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A tiny model with random weights, which never ends an answer by itself, and a picture."""
-    from pathlib import Path
 
     from aki.training.recipe import load_recipe
 
-    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "digits.yaml")
+    recipe = load_recipe("digits")
     recipe.model.text |= {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     torch.manual_seed(0)
     model, processor = build_model(recipe)

@@ -8,7 +8,7 @@ from threading import Barrier
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, pipeline
+from transformers import AutoConfig, AutoModelForImageTextToText, Trainer, TrainingArguments, pipeline
 from unlock_chats import chat, picture
 from unlock_families import FAMILIES, build, llava
 
@@ -118,6 +118,29 @@ def test_rule_is_saved_with_the_model(model, inputs, tmp_path):
     aki.lock(again)
     again.save_pretrained(tmp_path / "locked")
     assert not hasattr(AutoConfig.from_pretrained(tmp_path / "locked"), "attention_rule")
+
+
+def test_what_is_saved_under_a_rule_says_once_who_answers_causally(model, tmp_path, caplog):
+    aki.unlock(model, rule="causal").save_pretrained(tmp_path)
+    assert not caplog.records
+    aki.unlock(model, rule="mma").save_pretrained(tmp_path)
+    copy.deepcopy(model).save_pretrained(tmp_path)
+    (said,) = [record.getMessage() for record in caplog.records]
+    for named in (type(model).__name__, "'mma'", "vLLM", "SGLang", "llama.cpp", "TRL", "aki.unlock(model"):
+        assert named in said
+    aki.lock(model).save_pretrained(tmp_path)
+    assert len(caplog.records) == 1
+
+
+def test_an_adapter_and_a_trainers_checkpoint_say_it_too(model, tmp_path, caplog):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    tuned = aki.unlock(peft.get_peft_model(model, config), rule="mma")
+    tuned.save_pretrained(tmp_path / "adapter")
+    assert [record.getMessage().count("answers causally") for record in caplog.records] == [1]
+    aki.unlock(tuned)
+    Trainer(tuned, TrainingArguments(str(tmp_path), use_cpu=True)).save_model()
+    assert [record.getMessage().count("answers causally") for record in caplog.records] == [1, 1]
 
 
 def test_the_recorded_rule_is_the_one_taken(model, inputs):

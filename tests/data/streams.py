@@ -38,7 +38,7 @@ def name_of(sample):
 @cache
 def collator(max_length=60):
     torch.manual_seed(0)
-    recipe = load_recipe("recipes/digits.yaml")
+    recipe = load_recipe("digits")
     recipe.model.vision |= {
         "hidden_size": 16,
         "intermediate_size": 16,

@@ -22,7 +22,7 @@ from aki.data.sources import open_source
 from aki.training.recipe import load_recipe
 from aki.training.view import stage_view
 
-SFT = "recipes/aki-4b/sft.yaml"
+SFT = "aki-4b/sft"
 
 
 @pytest.fixture
@@ -58,11 +58,11 @@ def test_check_reads_everything_once_and_ends_with_a_sentence_where_too_much_is_
 
 
 def test_check_of_digits_and_of_a_part(capsys):
-    main(["data", "check", "recipes/digits.yaml", "--stage", "sft", "--limit", "70", "--workers", "0"])
+    main(["data", "check", "digits", "--stage", "sft", "--limit", "70", "--workers", "0"])
     row = rows_of(capsys.readouterr().out)["digits"]
     assert row[:4] == ["70", "0", "-", "0"]
     shortest, median, most, longest = map(int, row[4:8])
-    view = stage_view(load_recipe("recipes/digits.yaml"), "sft")
+    view = stage_view(load_recipe("digits"), "sft")
     (_, scenes), *_ = view.sources
     lengths = [
         view.collator([scenes[i]])["input_ids"].shape[1] for i in np.linspace(0, len(scenes), 70, False).astype(int)
@@ -127,10 +127,10 @@ def test_what_cannot_be_looked_at_is_a_sentence(faulty, capsys):
     for arguments, sentence in (
         (["show", SFT, "--root", str(faulty)], "holds no processor"),
         (["check", SFT, "--root", str(faulty / "nowhere"), "--tiny"], "nowhere"),
-        (["show", "recipes/digits.yaml", "--picture", str(faulty)], "names no picture file"),
-        (["show", "recipes/digits.yaml", "--n", "0"], "nothing to draw"),
-        (["check", "recipes/digits.yaml", "--limit", "-1"], "--limit is a number of samples"),
-        (["show", "recipes/digits.yaml", "--stage", "sft", "--sft.batch", "3"], "--sft.batch"),
+        (["show", "digits", "--picture", str(faulty)], "names no picture file"),
+        (["show", "digits", "--n", "0"], "nothing to draw"),
+        (["check", "digits", "--limit", "-1"], "--limit is a number of samples"),
+        (["show", "digits", "--stage", "sft", "--sft.batch", "3"], "--sft.batch"),
     ):
         with pytest.raises(SystemExit):
             main(["data", *arguments])

@@ -9,9 +9,9 @@ from fixtures.make import write
 from PIL import Image
 
 from aki.data.augment import Augment
+from aki.data.plain import plain_messages
 from aki.data.report import BadSample
 from aki.data.sources import SourceError, open_source
-from aki.data.sources.messages import plain_messages
 
 
 @pytest.fixture

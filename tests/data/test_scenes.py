@@ -1,11 +1,11 @@
-"""Scenes of real things, with things made here: a coloured square or disc a name."""
+"""Scenes of real things, with things made by the tests."""
 
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from stamps import NAMES, write_stamps
 
 from aki.data.mixture import Mixture
 from aki.data.scenes import questions
@@ -15,31 +15,10 @@ from aki.data.scenes.things import Thing, read_things
 from aki.data.sources import SourceError, open_source
 from aki.data.sources.scenes import Scenes
 
-NAMES = {
-    "animals": "cat dog cow hen fox bat owl pig rat ant bee elk",
-    "food": "pie bun fig nut pea egg ham jam",
-    "plants": "oak fir ivy elm yew ash",
-    "vehicles": "car van bus cab jet tram",
-    "clothes": "hat cap sock shoe tie scarf",
-}
-
 
 @pytest.fixture(scope="session")
 def stamps(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stamps")
-    for number, (kind, names) in enumerate(NAMES.items()):
-        for other, name in enumerate(names.split()):
-            place = folder / kind / "some"
-            place.mkdir(parents=True, exist_ok=True)
-            image = Image.new("RGBA", (60, 60))
-            pen = ImageDraw.Draw(image)
-            shape = pen.ellipse if number % 2 else pen.rectangle
-            shape((5, 5, 54, 54), fill=(40 * number, 20 * other, 200, 255))
-            image.save(place / f"{name}.png")
-            (place / f"{name}.txt").write_text(f"A {name}.\nde.utf8=Ein Ding\n")
-    (folder / "animals" / "none.png").write_bytes((folder / "animals" / "some" / "cat.png").read_bytes())
-    (folder / "animals" / "none.txt").write_text("Remember to wash your hands with soap!\n")
-    return folder
+    return write_stamps(tmp_path_factory.mktemp("stamps"))
 
 
 def test_names_come_from_captions(stamps):
@@ -131,6 +110,13 @@ def test_what_is_held_out_is_never_asked_in_training(stamps):
     assert not said & unasked
     asked = [Scenes(stamps, part="things").sample(index) for index in range(40)]
     assert all(unasked & set(re.findall(r"[a-z]+", f"{one.question} {one.answer}")) for one in asked)
+
+
+def test_each_part_is_measured_apart(stamps):
+    for part, kinds in (("things", {"sums", "others"}), ("words", {"sums", "others"}), ("crowded", {"sums", "others"})):
+        scenes = Scenes(stamps, part=part)
+        assert {scenes.sample(index).skill for index in range(26)} == {f"{part}: {kind}" for kind in kinds}
+    assert Scenes(stamps, part="same").sample(0).skill == "beside_count"
 
 
 def test_crowded_scenes_hold_more_than_training_ever_does(stamps):

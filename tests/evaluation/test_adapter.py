@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import lmms_eval.tasks
 import pytest
@@ -21,7 +22,7 @@ from aki.cli import main
 from aki.data.collate import ChatCollator
 from aki.data.tokenizer import train_tokenizer
 from aki.evaluation.digit_data import held_out
-from aki.evaluation.lmms import Aki, decoding_of
+from aki.evaluation.lmms import Aki, decoding_of, vllm_model
 from aki.evaluation.suite import PAPER
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.training.scoring import accuracy_by_skill
@@ -327,7 +328,7 @@ def test_without_lmms_eval_the_command_says_what_to_install(monkeypatch, capsys)
     monkeypatch.setattr("aki.commands.eval.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main(["eval", "anything"])
-    assert "aki: aki eval needs lmms-eval: pip install 'aki[eval]'." in capsys.readouterr().err
+    assert "aki: aki eval needs lmms-eval: pip install 'aki-mma[eval]'." in capsys.readouterr().err
 
 
 def test_lmms_eval_finds_the_model():
@@ -362,3 +363,13 @@ def test_digits_are_scored_as_in_training(tiny_recipe, tmp_path, capsys):
     assert "aki table" not in capsys.readouterr().out, "the paper's tables have no such columns"
     with pytest.raises(SystemExit):
         main(["eval", str(tmp_path / "out"), "--suite", "digits", "--output", str(tmp_path / "again")])
+
+
+def test_vllm_is_not_told_to_run_the_code_of_a_folder(monkeypatch):
+    """lmms-eval's own default is that it does."""
+    given: dict = {}
+    monkeypatch.setattr("aki.apps.vllm.check_installed", lambda: None)
+    monkeypatch.setitem(sys.modules, "lmms_eval.models.chat.vllm", SimpleNamespace(VLLM=given.update))
+    vllm_model("a/model", "mma", "auto", 2)
+    assert given["trust_remote_code"] is False
+    assert given["hf_overrides"] == {"attention_rule": "mma"}

@@ -126,7 +126,7 @@ def test_more_compute_is_said(table1):
 
 @pytest.fixture
 def table1():
-    return load_recipe("recipes/digits-table1.yaml")
+    return load_recipe("digits-table1")
 
 
 class TestPlan:
@@ -283,12 +283,12 @@ def test_compare_from_the_command_line_and_again(tiny_recipe, tmp_path, capsys):
 
 
 def test_every_row_of_table_1_end_to_end(tmp_path, capsys):
-    """As `aki compare recipes/digits-table1.yaml --seeds 1 --fast`: under two minutes, one learning rate tried."""
+    """As `aki compare digits-table1 --seeds 1 --fast`: under two minutes, one learning rate tried."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     main(
         [
             "compare",
-            "recipes/digits-table1.yaml",
+            "digits-table1",
             "--seeds",
             "1",
             "--fast",
@@ -302,7 +302,7 @@ def test_every_row_of_table_1_end_to_end(tmp_path, capsys):
     # Of both processes together, because a machine that does other things is slower by the clock.
     assert after.ru_utime - before.ru_utime < 120
     said = capsys.readouterr().out
-    recipe = load_recipe("recipes/digits-table1.yaml")
+    recipe = load_recipe("digits-table1")
     for row in recipe.rows.values():
         assert f"| {row['title']} | 1 | " in said
     cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json")}

@@ -1,14 +1,18 @@
 """The connectors against their formulas, written out one head and one image at a time (paper, section 2)."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 from model_builders import enlarge, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import initialization as init
 
 from aki import AkiConnectorConfig
-from aki.models.connectors import MLPConnector, PerceiverResampler
+from aki.models.connectors import CONNECTORS, Connector, MLPConnector, PerceiverResampler
+from aki.training.model import model_config
+from aki.training.recipe import ModelRecipe, RecipeError
 
 VISION_WIDTH, TEXT_WIDTH, PATCHES = 12, 20, 7
 SIZES = AkiConnectorConfig(num_latents=5, depth=3, num_heads=2, head_dim=4, ff_mult=3)
@@ -96,3 +100,51 @@ def test_images_do_not_see_each_other(connector):
 def test_an_unknown_connector_is_refused():
     with pytest.raises(ValueError, match=r"no connector 'mpl'; there are perceiver_resampler, mlp"):
         tiny_model(connector="mpl")
+
+
+class Pooled(Connector):
+    """The mean of each stride of features, with a parameter and a size of its own."""
+
+    SIZES: ClassVar = {"stride": 2}
+
+    def __init__(self, config: AkiConnectorConfig, vision_width: int, text_width: int):
+        super().__init__(config, vision_width, text_width)
+        self.stride = config.stride
+        self.shift = nn.Parameter(torch.full((vision_width,), torch.nan))
+        self.out = nn.Linear(vision_width, text_width)
+
+    @staticmethod
+    def count(config: AkiConnectorConfig, features: int) -> int:
+        return features // config.stride
+
+    @staticmethod
+    def grid(config: AkiConnectorConfig, patches: tuple[int, int]) -> tuple[int, int]:
+        return patches[0], patches[1] // config.stride
+
+    def initialise(self) -> None:
+        init.zeros_(self.shift)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.out(features.unflatten(1, (-1, self.stride)).mean(2) + self.shift)
+
+
+def test_a_connector_of_ones_own_is_one_class(monkeypatch, tmp_path):
+    """Its size, its number of tokens, its grid and its first values: nothing else has to know of it."""
+    monkeypatch.setitem(CONNECTORS, "pooled", Pooled)
+    model = tiny_model(connector="pooled", attention_rule="concentric").eval()
+    patches = model.config.num_patches
+    assert (model.config.image_seq_length, patches) == (2, 4)
+    assert model.config.media["pixel_values"].grid == (2, 1)
+    assert not model.model.connector.shift.isnan().any()
+    ids = torch.tensor([[5, *[model.config.image_token_id] * 2, 6, 7]])
+    pictures = torch.randn(1, 3, *model.config.image_size)
+    logits = model(input_ids=ids, pixel_values=pictures).logits
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert again.config.connector_config.stride == 2
+    torch.testing.assert_close(again(input_ids=ids, pixel_values=pictures).logits, logits)
+    assert AkiConnectorConfig(connector="pooled", stride=4).stride == 4
+    parts = {"model_type": "siglip_vision_model"}, {"model_type": "llama"}
+    recipe = ModelRecipe(*parts, {"connector": "pooled", "strides": 2})
+    with pytest.raises(RecipeError, match=r"unknown key 'strides' in model\.connector\. Did you mean 'stride'"):
+        model_config(recipe)

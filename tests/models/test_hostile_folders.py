@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from aki import AkiForConditionalGeneration, AkiProcessor
 from aki.apps.loading import load
-from aki.evaluation.lmms import load_model
+from aki.evaluation.opening import load_model
 
 SECONDS = 10
 """Of a busy machine; what is refused would take hours, or all of the memory."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from fixtures.make import write_sources
 from fixtures.make_shards import write_shards
 
-PRETRAIN, SFT = "recipes/aki-4b/pretrain.yaml", "recipes/aki-4b/sft.yaml"
+PRETRAIN, SFT = "aki-4b/pretrain", "aki-4b/sft"
 SHARDS = [
     "--pretrain.shards.0.urls",
     "kale/{000000..000003}.tar",

@@ -17,7 +17,7 @@ from aki.training.model import build_model, tiny
 from aki.training.recipe import load_recipe
 
 dist.init_process_group("gloo")
-recipe = tiny(load_recipe("recipes/aki-4b/sft.yaml"))
+recipe = tiny(load_recipe("aki-4b/sft"))
 torch.manual_seed(0)
 whole, processor = build_model(recipe, ["what is there?"])
 whole.train().model.vision_encoder.requires_grad_(False)

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_pretrained import chats, data, of, published, recipe, run  # noqa: F401
 
 from aki.apps.loading import load
 from aki.cli import main
 from aki.data.collate import ChatCollator
-from aki.evaluation.lmms import load_model
+from aki.evaluation.opening import load_model
 from aki.models.other import connectors_of, decoder_path, load_any
 from aki.training.recipe import AdapterRecipe, ModelRecipe, QuantizationRecipe, RecipeError
 from aki.training.stages import Job, run_stage, stage_arguments
@@ -150,3 +151,19 @@ class TestTrainer:
     def test_others_are_refused(self, recipe, field, said):  # noqa: F811
         with pytest.raises(ValueError, match=said):
             replace(recipe, trainer=field)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_patience_keeps_the_best_of_another_family(kind, recipe, published, tmp_path, monkeypatch):  # noqa: F811
+    """What is saved is the checkpoint of the best score, whatever names a family saves its weights under."""
+    scores = [0.1, 0.5, 0.3, 0.3, 0.3]
+    monkeypatch.setattr("aki.training.stages.accuracy_by_skill", lambda *a, **k: {"accuracy": scores.pop(0)})
+    recipe = adapted(recipe, modules_to_save=("connector",)) if kind == "adapter" else recipe
+    recipe = of(recipe, published, "llava", steps=9, eval_every=1, save_every=1, patience=1)
+    assert run(recipe, tmp_path)["steps"] == 3
+    name = "adapter_model.safetensors" if kind == "adapter" else "model.safetensors"
+    saved, best, last = (
+        load_file(tmp_path / below / name) for below in ("", *(f"training/checkpoint-{n}" for n in (2, 3)))
+    )
+    assert all(torch.equal(saved[one], best[one]) for one in best)
+    assert not all(torch.equal(saved[one], last[one]) for one in last)

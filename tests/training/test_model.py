@@ -16,7 +16,7 @@ WORDS = ["<unk>", "<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant
 @pytest.fixture
 def recipe(tmp_path):
     """The pre-training recipe with small backbones in folders, in bfloat16 as Phi-3.5 is."""
-    small = tiny(load_recipe("recipes/aki-4b/pretrain.yaml"))
+    small = tiny(load_recipe("aki-4b/pretrain"))
     # As the authors met it: what pads is what ends.
     small.model.text |= {"vocab_size": len(WORDS), "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(0)

@@ -87,9 +87,9 @@ def source(data, part):
 
 @pytest.fixture
 def recipe(data):
-    stage = StageRecipe(
-        "question", "mma", 4, 3, 3e-3, 0.0, 1, 0.0, save_every=2, log_every=1, sources=(source(data, "train"),)
-    )
+    rates = {"learning_rate": 3e-3, "min_learning_rate": 0.0, "warmup_steps": 1, "weight_decay": 0.0}
+    lengths = {"steps": 4, "batch_size": 3, "save_every": 2, "log_every": 1}
+    stage = StageRecipe("mma", **lengths, **rates, sources=(source(data, "train"),))
     held_out = DataRecipe(eval_size=4, test_size=6, held_out=(source(data, "asked"),))
     return Recipe("mine", ModelRecipe(pretrained="to be named"), held_out, sft=stage, workers=0)
 
@@ -337,3 +337,16 @@ def test_auto_class_reads_what_was_saved(published, recipe, tmp_path):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert model.config.attention_rule == "mma"
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_asked_own_questions(published, data, tmp_path, family):
+    """Pictures, turns and text alone in batches of three: each answer is the one that the question gets alone."""
+    options = ["--unlock", "--data", str(data / "asked.jsonl"), "--images", str(data), "--limit-new-tokens", "4"]
+    said = []
+    for size in ("3", "1"):
+        output = tmp_path / size
+        main(["eval", str(published(family)), *options, "--batch-size", size, "--output", str(output)])
+        said.append((output / "predictions.jsonl").read_text())
+    assert said[0] == said[1]
+    assert json.loads((output / "results.json").read_text())["settings"]["rule"] == "mma"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import gc
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +102,9 @@ class Reference:
 
     def answer(self, question: Question, rule: str | None, new_tokens: int = NEW_TOKENS) -> Answer:
         self.lay(rule)
-        inputs = self.inputs(question)
+        return self.generated(self.inputs(question), new_tokens)
+
+    def generated(self, inputs: dict[str, Any], new_tokens: int) -> Answer:
         out = self.model.generate(
             **inputs, max_new_tokens=new_tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
@@ -109,6 +113,21 @@ class Reference:
         steps = zip(out.logits, tokens, strict=True)
         logprobs = [torch.log_softmax(logits[0].float(), -1)[token].item() for logits, token in steps]
         return Answer(inputs["input_ids"][0].tolist(), tokens, logprobs)
+
+
+def as_clients_write(question: Question) -> list[dict[str, Any]]:
+    """The messages as OpenAI's clients write them."""
+    numbers = iter(question.pictures)
+    return [{**message, "content": [_part(part, numbers) for part in message["content"]]} for message in question.chat]
+
+
+def _part(part: dict[str, Any], numbers: Iterator[int]) -> dict[str, Any]:
+    if part["type"] != "image":
+        return part
+    out = io.BytesIO()
+    PICTURES[next(numbers)].save(out, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 @contextmanager
@@ -153,14 +172,21 @@ def answers(
             prompt["multi_modal_data"] = {"image": [PICTURES[i] for i in question.pictures]}
         prompts.append(prompt)
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=1)
-    found = []
-    for result in llm.generate(prompts, sampling, use_tqdm=False, **more):
-        one = result.outputs[0]
-        logprobs = [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)]
-        found.append(
-            Answer(list(result.prompt_token_ids), list(one.token_ids), logprobs, result.num_cached_tokens or 0)
-        )
-    return found
+    return [_answer(result) for result in llm.generate(prompts, sampling, use_tqdm=False, **more)]
+
+
+def chat_answer(llm: Any, question: Question) -> Answer:
+    """What vLLM answers to a chat, whose ids it makes itself."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=1)
+    return _answer(llm.chat(as_clients_write(question), sampling, use_tqdm=False)[0])
+
+
+def _answer(result: Any) -> Answer:
+    one = result.outputs[0]
+    logprobs = [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)]
+    return Answer(list(result.prompt_token_ids), list(one.token_ids), logprobs, result.num_cached_tokens or 0)
 
 
 def same(one: Answer, other: Answer) -> bool:

@@ -255,7 +255,38 @@ def mistral3(folder: Path) -> Path:
     return save(folder, config, processor)
 
 
-def aki_folder(folder: Path, connector: str = "perceiver_resampler") -> Path:
+def omni_parts(words: PreTrainedTokenizerFast) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Videos of three frames, and audio, for AKI's configuration and for its processor."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    words.add_tokens(["<video>", "<audio>"], special_tokens=True)
+    sizes = {"num_latents": 4, "depth": 1, "num_heads": 2, "head_dim": 16}
+    whisper = WhisperConfig(
+        d_model=32, encoder_layers=1, encoder_attention_heads=2, decoder_layers=1, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=50, vocab_size=10, pad_token_id=0,
+    )  # fmt: skip
+    config = {
+        "video_config": AutoConfig.for_model("siglip_vision_model", **VISION),
+        "video_connector_config": sizes,
+        "video_frames": 3,
+        "video_token_id": words.convert_tokens_to_ids("<video>"),
+        "audio_config": whisper,
+        "audio_connector_config": sizes,
+        "audio_token_id": words.convert_tokens_to_ids("<audio>"),
+    }
+    extractor = WhisperFeatureExtractor(feature_size=8, sampling_rate=8000, hop_length=80, chunk_length=1, n_fft=100)
+    processor = {
+        "video_seq_length": 12,
+        "video_frames": 3,
+        "frame_processor": SiglipImageProcessorPil(size={"height": 32, "width": 32}),
+        "audio_seq_length": 4,
+        "audio_extractor": extractor,
+    }
+    return config, processor
+
+
+def aki_folder(folder: Path, connector: str = "perceiver_resampler", omni: bool = False) -> Path:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     from aki import AkiConfig, AkiForConditionalGeneration, AkiProcessor
@@ -263,17 +294,20 @@ def aki_folder(folder: Path, connector: str = "perceiver_resampler") -> Path:
     from aki.models.templates import CAPTION, SHORT
 
     words = train_tokenizer([TEXTS] * 2, vocab_size=340)
+    clips = omni_parts(words) if omni else ({}, {})
     config = AkiConfig(
         vision_config=AutoConfig.for_model("siglip_vision_model", **VISION),
         text_config=AutoConfig.for_model("llama", **TEXT, vocab_size=len(words)),
         connector_config={"connector": connector, "num_latents": 6, "depth": 1, "num_heads": 2, "head_dim": 16},
         image_token_id=words.convert_tokens_to_ids("<image>"),
+        **clips[0],
     )
     processor = AkiProcessor(
         SiglipImageProcessorPil(size={"height": 32, "width": 32}),
         words,
         image_seq_length=config.image_seq_length,
         chat_template={"default": SHORT, "caption": CAPTION},
+        **clips[1],
     )
     torch.manual_seed(0)
     model = AkiForConditionalGeneration(config).float().eval()

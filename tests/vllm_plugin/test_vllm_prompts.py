@@ -1,16 +1,22 @@
 """What a prompt opens, against the rule's mask token by token; where it may be cut; what its blocks are called."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from folders import llava
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoProcessor
+from varlen_stand_in import CALLS, KERNEL
 
+from aki.attention import varlen
 from aki.attention.rules import get_rule
 from aki.layout import SequenceLayout, number_runs
+from aki.vllm import steps
 from aki.vllm.prompts import Prompt, PromptReader, openings
 from aki.vllm.rows import Rows
+from aki.vllm.steps import Steps
 
 RULES = ["causal", "mma", "prefix", "image_bidirectional", "mma+image_bidirectional"]
 KINDS = st.lists(st.tuples(st.sampled_from(["text", "image", "audio", "answer"]), st.integers(1, 4)), max_size=7)
@@ -47,6 +53,52 @@ def test_openings_are_the_rule_s_mask(rule, kinds, cached):
         found[first : opening.stop] = False
         found[first : opening.stop, keys] = rows.mask(None, torch.device("cpu"))
     assert torch.equal(found, expected)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(RULES), st.lists(KINDS, min_size=1, max_size=3), st.sampled_from([1, 2, 4]), st.data())
+def test_on_a_gpu_a_step_s_rows_take_one_call_of_each_kind(rule, chats, key_heads, data):
+    """Several requests, some behind a cached prefix; heads in groups; against attention under the rule's mask."""
+    layouts = [layout_of(kinds) for kinds in chats]
+    generator = torch.Generator().manual_seed(0)
+    whole, rows, past, expected, offset = [], [], {}, [], 0
+    for row, layout in enumerate(layouts):
+        length, mask = layout.shape[1], mask_of(rule, layout)
+        # A step begins where no earlier row sees a later key, as cuts do.
+        cached = data.draw(st.sampled_from([at for at in range(length) if not mask[:at, at:].any()]))
+        shape = ((length, 4, 8), (length, key_heads, 8), (length, key_heads, 8))
+        query, key, value = (torch.randn(one, generator=generator) for one in shape)
+        whole.append((query[cached:], key[cached:], value[cached:]))
+        if cached:
+            past[row] = key[:cached], value[:cached]
+        tokens = slice(offset, offset + length - cached)
+        for opening in openings(get_rule(rule), layout):
+            first = max(opening.first, cached)
+            if first < opening.stop:
+                queries = slice(offset + first - cached, offset + opening.stop - cached)
+                rows.append(Rows(queries, tokens, cached, row, opening, first))
+        heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)
+        expected.append(out[0].transpose(0, 1)[cached:])
+        offset += length - cached
+    query, key, value = (torch.cat(parts) for parts in zip(*whole, strict=True))
+    output = torch.zeros_like(query)
+    impl = SimpleNamespace(scale=8**-0.5)
+    layer = SimpleNamespace(impl=impl, sliding_window=None, layer_name="layer")
+    one = Steps(None, list)
+    one.rows, one.pages = rows, {"layer": None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "takes_segments", lambda *_: True)
+        patch.setattr(steps, "read", lambda pages, layer, cache, row, count: past[row])
+        patch.setattr(varlen, "FLASH", KERNEL)
+        CALLS.clear()
+        one.redo(layer, query, key, value, None, SimpleNamespace(block_table=range(len(layouts))), output)
+    assert sorted(CALLS) == sorted({not one.opening.whole for one in rows})
+    opened = torch.zeros(len(query), dtype=torch.bool)
+    for found in rows:
+        opened[found.queries] = True
+    torch.testing.assert_close(output[opened], torch.cat(expected)[opened])
+    assert not output[~opened].any()
 
 
 def test_a_window_holds_behind_a_row_and_not_ahead_of_it():
@@ -124,6 +176,24 @@ def test_a_picture_sees_its_own_turn_and_no_answer(reader):
     answer = [i for i, token in enumerate(ids) if token == reader[1].convert_tokens_to_ids("<|assistant|>")]
     assert first.reach == answer[0] + 1
     assert second.reach == len(ids)
+
+
+def test_text_that_spells_a_mark_is_no_mark(reader):
+    model, tokenizer = reader
+    spelled = tokenizer("<|end|><|assistant|>two<|end|>", split_special_tokens=True, add_special_tokens=False)[
+        "input_ids"
+    ]
+    user, image, end, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<image>", "<|end|>", "<|assistant|>"])
+    ids = [user, image, image, *spelled, end, assistant]
+    (opening,) = model.read(ids, [(torch.arange(1, 3), "picture")]).openings
+    assert opening.ahead == ((3, len(ids)),)
+
+
+def test_marks_in_a_raw_prompt_that_make_no_sense_are_no_error(reader):
+    prompt, _ = read(
+        reader, "<|user|><image>one<|end|><|assistant|><|assistant|>two<|end|><|assistant|><|assistant|>", [0]
+    )
+    assert len(prompt.openings) == 1
 
 
 def test_the_model_of_an_adapter_is_asked_for_its_rule(reader, tmp_path):

@@ -19,6 +19,7 @@ Chat = Sequence[Mapping[str, Any]]
 
 _WORDS = ("alpha", "beta", "gamma", "delta")
 _BLANKS = "Ġ▁Ċ \n"
+_OWN = "\ufdd1"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class AnswerMarks:
         after: what ends an answer or begins the next question.
         kept: how many characters of `after` belong to the answer.
         last: what ends the last answer of a chat, which may be more than that.
+        own: tokens of the tokenizer's own that text does not spell, because it was read as text (`plain_text`).
     """
 
     tokenizer: Any
@@ -39,13 +41,15 @@ class AnswerMarks:
     after: str
     kept: int
     last: str
+    own: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, processor: Any) -> AnswerMarks:
+    def of(cls, processor: Any, told_from_text: bool = False) -> AnswerMarks:
         """Render a small chat and look at what comes around its answers.
 
         Args:
             processor: a processor or tokenizer with a chat template.
+            told_from_text: in the ids to come, text that spells one of the tokenizer's own tokens is no such token.
 
         Raises:
             ValueError: it has no chat template, or one that marks no answers.
@@ -59,11 +63,12 @@ class AnswerMarks:
                 "`processor.chat_template`, or write prompt_block_ids (or labels of -100 on the prompt) yourself."
             )
         as_parts = isinstance(processor, ProcessorMixin)
+        own = frozenset(t for t in tokenizer.get_added_vocab() if t.strip()) if told_from_text else frozenset[str]()
         as_parts = next((form for form in (as_parts, not as_parts) if _renders(processor, form)), as_parts)
 
         def render(words: tuple[str, ...], **kwargs) -> tuple[str, list[int]]:
             text = processor.apply_chat_template(_chat(words, as_parts), tokenize=False, **kwargs)
-            return _join(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+            return _join(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], own)
 
         first_question, first_answer, question, answer = _WORDS
         chat, ends = render(_WORDS)
@@ -84,7 +89,7 @@ class AnswerMarks:
             ending = ending[:-1]
         last = ending if next_question.startswith(end) else end
         after = ending if ending.strip(_BLANKS) else next_question
-        return cls(tokenizer, before, after, len(ending), last)
+        return cls(tokenizer, before, after, len(ending), last, own)
 
     def blocks(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, chats: Sequence[Chat] | None = None
@@ -109,7 +114,7 @@ class AnswerMarks:
         return number_runs(prompt if attention_mask is None else prompt & attention_mask.bool())
 
     def _answers(self, ids: list[int], row: int, chat: Chat | None) -> list[bool]:
-        text, ends = _join(self.tokenizer, ids)
+        text, ends = _join(self.tokenizer, ids, self.own)
         spans, place = self._spans_of(text, chat or [])
         whole = chat is not None and len(chat) > 0 and chat[-1]["role"] == "assistant"
         rest = text.find(self.before, place)
@@ -117,7 +122,7 @@ class AnswerMarks:
             start = rest + len(self.before)
             stop = self._end(text, start)
             # What the chat does not account for is the prompt of one more answer, or a text that quotes the mark.
-            if whole or text.find(self.before, start, len(text) if chat else stop) >= 0:
+            if not self.own and (whole or text.find(self.before, start, len(text) if chat else stop) >= 0):
                 raise ValueError(
                     f"row {row} has more answers than {'questions' if chat is None else 'its chat'}: {self.before!r} "
                     "begins an answer, and a text quotes it. Pass the messages, which decide (apply_chat_template, or "
@@ -132,7 +137,8 @@ class AnswerMarks:
         """Where the answers of a chat stand, and where it ends; marks that messages quote are passed over."""
         spans, place = list[tuple[int, int]](), 0
         for message in chat:
-            said = _join(self.tokenizer, self.tokenizer(_said(message), add_special_tokens=False)["input_ids"])[0]
+            said_ids = self.tokenizer(_said(message), add_special_tokens=False)["input_ids"]
+            said, _ = _join(self.tokenizer, said_ids, self.own)
             if message["role"] != "assistant":
                 for _ in range(said.count(self.before)):
                     place = max(text.find(self.before, place) + len(self.before), place)
@@ -278,11 +284,11 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": list(write_scopes(content))} if isinstance(content, list) else message
 
 
-def _join(tokenizer: Any, ids: list[int]) -> tuple[str, list[int]]:
-    """The tokens as one string, and where each ends in it."""
+def _join(tokenizer: Any, ids: list[int], own: frozenset[str]) -> tuple[str, list[int]]:
+    """The tokens as one string, and where each ends in it. Those in `own` stand behind a letter that no text has."""
     text, ends = "", []
     for token in tokenizer.convert_ids_to_tokens(ids):
-        text += token or ""
+        text += f"{_OWN}{token}" if token in own else token or ""
         ends.append(len(text))
     return text, ends
 

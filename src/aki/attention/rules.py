@@ -108,7 +108,7 @@ def get_rule(name: str) -> Rule:
 def _single(name: str) -> Rule:
     if name not in RULES:
         near = get_close_matches(name, RULES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = f" Did you mean {near[0]!r}?" if near else " Your own comes with --plugin FILE."
         raise ValueError(f"there is no attention rule {name!r}; there are {', '.join(RULES)}.{hint}")
     return RULES[name]
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from aki.attention.backends import prepare_attention
 from aki.attention.dense import as_boolean, check_takes_masks, is_prepared, language_model_masks
+from aki.attention.elsewhere import on_saving
 from aki.attention.families import CannotUnlock, media_token_ids, text_decoder, underlying_model, unwrapped
 from aki.attention.guard import NothingOpensError, check_no_leak
 from aki.attention.prompts import AnswerMarks
@@ -146,7 +147,7 @@ class _Unlocked:
         self.handles: list[Any] = []
         self.call = _Call()
         self.locked_attention = decoder.config._attn_implementation
-        self.has_own_masks = False
+        self.has_own_masks = self.said_on_saving = False
 
     def attach(self, model: PreTrainedModel) -> None:
         """Whichever of the model and the model inside it is called first describes the call."""
@@ -154,6 +155,8 @@ class _Unlocked:
             self.handles.append(module.register_forward_pre_hook(self.before_model, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self.after_model, always_call=True))
         self.handles.append(self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
+        if self.rule.name != "causal":
+            self.handles.append(model.register_state_dict_pre_hook(self.before_saving))
         self.has_own_masks = "create_masks_for_generate" in vars(type(model))
         if _takes_segments(self.decoder):
             # By segments where the rule opens something, and as sdpa everywhere else.
@@ -193,6 +196,12 @@ class _Unlocked:
                 f"{type(module).__name__} answered without its decoder, {type(self.decoder).__name__}, so the rule "
                 f"{self.rule.name!r} was not laid over its mask: this model cannot be unlocked."
             )
+
+    def before_saving(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Whoever saves a model, transformers, PEFT or a Trainer, asks for its weights first."""
+        if not self.said_on_saving:
+            self.said_on_saving = True
+            logger.warning(on_saving(type(module).__name__, self.rule.name))
 
     def describe(self, module: nn.Module, inputs: dict[str, Any], blocks: Tensor | None) -> SequenceLayout | None:
         """The layout of a call; None where there is no media in it, so that the model's own masks stand."""

@@ -89,16 +89,21 @@ def forward(
     flat_out, flat_lse = _flat(out.zero_()), _flat(lse.zero_())
     flat_query, flat_key, flat_value = (_flat(x) for x in (query, key, value))
     for call in calls(found, _shape(query, key), query.device):
-        part, part_lse = kernel.forward(
-            _take(flat_query, call.queries),
-            _take(flat_key, call.keys),
-            _take(flat_value, call.keys),
-            *call.edges,
-            scale,
-        )
-        _put(flat_out, call.queries, part)
+        part_lse = write(kernel, flat_query, flat_key, flat_value, call, scale, flat_out)
         _put(flat_lse, call.queries, part_lse.transpose(0, 1).to(lse.dtype))
     return out, lse
+
+
+def write(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float, out: Tensor) -> Tensor:
+    """One call. Its queries of `out`, (tokens, heads, width) as `query`, are overwritten, the others stay.
+
+    Returns:
+        log-sum-exp (heads, queries of the call).
+    """
+    seen = (_take(x, call.keys) for x in (key, value))
+    part, lse = kernel.forward(_take(query, call.queries), *seen, *call.edges, scale)
+    _put(out, call.queries, part)
+    return lse
 
 
 def backward(

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from aki.commands.shared import TakesPlugins
+
 
 @dataclass
-class Chat:
+class Chat(TakesPlugins):
     """Ask a model about pictures: once, with a question or piped input, or in a chat at the terminal."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]

@@ -8,15 +8,15 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from aki.commands.shared import read_recipe
+from aki.commands.shared import TakesPlugins, read_recipe
 
 
 @dataclass
-class Compare:
+class Compare(TakesPlugins):
     """Train the rows of a recipe from the same starts and compare them. A second call goes on where the first ended."""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
-    """A YAML file; every field can be overridden: --sft.steps 100"""
+    """A YAML file, or the name of one of aki's own recipes; every field can be overridden: --sft.steps 100"""
     output: Path
     """Where models, the results of finished cells (in cells/) and the report go."""
     rules: tuple[str, ...] = ()
@@ -35,8 +35,10 @@ class Compare:
         from aki.evaluation.plan import fast, rows_by_rule
         from aki.evaluation.report import three_questions, write_report
         from aki.models.adapters import has_model
+        from aki.training.data import counted
 
         recipe = read_recipe(self.recipe, overrides)
+        recipe = recipe if self.fast else counted(recipe, recipe.stages)
         if recipe.rows and self.rules:
             raise ValueError(f"{self.recipe} has rows of its own: choose among them with --rows, without --rules.")
         recipe.rows = recipe.rows or rows_by_rule(self.rules or ("causal", "mma"))

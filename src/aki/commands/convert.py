@@ -34,8 +34,9 @@ class Convert:
         print(f'Ask it:\n  aki chat {self.output} --image picture.jpg "What is in the picture?"')
 
     def _merge(self) -> None:
-        from aki.models.adapters import adapter_of, model_of_adapter
-        from aki.models.other import load_any
+        from aki.attention import unlock
+        from aki.models.adapters import adapter_of, model_of_adapter, rule_of_adapter
+        from aki.models.other import is_aki, load_any
 
         if adapter_of(self.source) is None:
             raise ValueError(f"{self.source} holds no adapter to merge.")
@@ -43,6 +44,8 @@ class Convert:
             raise ValueError(f"{self.output} holds something already: name a new folder.")
         with model_of_adapter(self.source):
             model, processor = load_any(self.source)
+            if not is_aki(model) and rule_of_adapter(self.source) is not None:
+                unlock(model, processor)  # says what becomes of it elsewhere
         model.save_pretrained(self.output)
         processor.save_pretrained(self.output)
         print(f"{self.output} holds {sum(p.numel() for p in model.parameters()):,} parameters, the adapter merged.")

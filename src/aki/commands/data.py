@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
-from aki.commands.shared import read_recipe
+from aki.commands.shared import TakesPlugins, read_recipe
 
 if TYPE_CHECKING:
     from aki.training.recipe import Recipe
 
 
 @dataclass
-class Show:
+class Show(TakesPlugins):
     """Draw samples as training sees them: the picture after pre-processing, the text by its parts, the mask."""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
-    """A YAML file."""
+    """A YAML file, or the name of one of aki's own recipes, as digits."""
     n: int = 12
     """Samples."""
     picture: Path = Path("sheet.png")
@@ -50,11 +50,11 @@ class Show:
 
 
 @dataclass
-class Check:
+class Check(TakesPlugins):
     """Read everything once: what can be used, what is skipped and why, how long samples are, images a second."""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
-    """A YAML file."""
+    """A YAML file, or the name of one of aki's own recipes, as digits."""
     stage: Literal["pretrain", "sft"] | None = None
     """All if absent."""
     limit: int = 0

@@ -7,9 +7,11 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from aki.commands.shared import TakesPlugins
+
 
 @dataclass
-class Demo:
+class Demo(TakesPlugins):
     """A web page: ask about a picture, and see what the image read."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
@@ -28,6 +30,6 @@ class Demo:
         try:
             from aki.apps.demo.page import serve
         except ImportError as error:
-            raise RuntimeError(f"the web page needs Gradio: pip install 'aki[demo]' ({error})") from error
+            raise RuntimeError(f"the web page needs Gradio: pip install 'aki-mma[demo]' ({error})") from error
         model, processor = load(self.model, self.unlock)
         serve(model, processor, self.host, self.port, self.max_new_tokens)

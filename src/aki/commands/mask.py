@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from aki.commands.shared import TakesPlugins
+
 
 @dataclass
-class Mask:
+class Mask(TakesPlugins):
     """Draw which token sees which, beside causal attention."""
 
     rule: tuple[str, ...] = ("mma",)

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from aki.apps.serve.limits import Limits
+from aki.commands.shared import TakesPlugins
 
 
 @dataclass
-class Serve:
+class Serve(TakesPlugins):
     """Answer OpenAI's chat completions, for programs."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
@@ -47,7 +48,7 @@ class Serve:
             from aki.apps.serve.engine import Engine
             from aki.apps.serve.server import serve
         except ModuleNotFoundError as error:
-            raise ValueError(f"serving needs {error.name}: pip install 'aki[serve]'.") from error
+            raise ValueError(f"serving needs {error.name}: pip install 'aki-mma[serve]'.") from error
 
         engine = Engine.from_folder(self.model, self.unlock)
         serve(engine, self.host, self.port, self.limits, remote_images=self.allow_remote_images, api_key=key)

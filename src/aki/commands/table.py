@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 @dataclass
 class Table:
-    """Results of `aki eval` under a paper's tables, as Markdown, LaTeX, CSV and a picture."""
+    """Results of `aki eval` under a paper's tables, as Markdown, LaTeX, CSV and a picture; or of your own questions."""
 
     results: Annotated[Positional[tuple[Path, ...]], arg(metavar="RESULTS...")] = ()
     """Folders with results.json, or such files."""
@@ -22,9 +22,18 @@ class Table:
     """Where the tables and the picture go."""
 
     def run(self, rest: list[str]) -> None:
+        from aki.evaluation.own import own_table
         from aki.evaluation.table_formats import FORMATS, radar
-        from aki.evaluation.tables import differences, paper_tables, read_results
+        from aki.evaluation.tables import differences, paper_tables, read_own, read_results
 
+        own = [found for path in self.results if (found := read_own(path)) is not None]
+        if own and len(own) < len(self.results):
+            raise ValueError("some of these results are of questions of your own, and some are not: show them apart.")
+        if own:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "own.md").write_text(own_table(own) + "\n")
+            print(f"{own_table(own)}\n\nWritten: {self.output}/own.md")
+            return
         ours = [read_results(path) for path in self.results]
         tables = paper_tables(self.against, ours)
         self.output.mkdir(parents=True, exist_ok=True)

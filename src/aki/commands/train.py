@@ -11,16 +11,16 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from aki.commands.shared import read_recipe
+from aki.commands.shared import TakesPlugins, read_recipe
 from aki.training.recipe import Recipe
 
 
 @dataclass
-class Train:
+class Train(TakesPlugins):
     """Train the stages of a recipe. Every field of the recipe can be overridden: --sft.steps 100"""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
-    """A YAML file."""
+    """A YAML file, or the name of one of aki's own recipes, as digits."""
     output: Path | None = None
     """Where the models go, runs/NAME if absent."""
     stage: Literal["all", "pretrain", "sft"] = "all"
@@ -40,11 +40,14 @@ class Train:
     start torchrun or accelerate launch yourself."""
 
     def run(self, overrides: list[str]) -> None:
+        from aki.training.data import counted
+
         recipe = read_recipe(self.recipe, overrides)
         if self.tiny:
             from aki.training.model import tiny
 
             recipe = tiny(recipe)
+        recipe = counted(recipe, self._stages(recipe))
         processes = self._processes(recipe)
         if self.dry_run:
             self._print_estimates(recipe, processes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from random import Random
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aki.attention.prompts import PromptBlockWriter
 from aki.data.fast import FastInputs, fast_inputs
+from aki.data.plain import as_sample
 from aki.data.report import BadSample, Reason
 from aki.data.schema import Sample
 from aki.data.split import split_captions
@@ -31,6 +32,10 @@ Inputs = Callable[[Sequence[Sample]], dict[str, Tensor]]
 @dataclass
 class ChatCollator:
     """Turns samples into model inputs with labels on the answers, padded on the right.
+
+    Samples may be plain dicts too, `{"messages": [{"role": ..., "content": [...]}, ...], "images": [...]}` in the form
+    of Hugging Face's chat templates (`aki.data.plain.as_sample`); of those, `collator(samples)` opens the pictures
+    and refuses what it cannot use.
 
     A sample longer than max_length loses the tail of its answer. What asks and is then not answered goes too, so a cut
     never stands in a question or among an image's placeholders.
@@ -60,13 +65,14 @@ class ChatCollator:
         self.special = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
         self.fast = fast_inputs(self.processor, self.template)
 
-    def encode(self, sample: Sample) -> tuple[dict[str, Tensor], bool]:
+    def encode(self, sample: Sample | Mapping[str, Any]) -> tuple[dict[str, Tensor], bool]:
         """One sample as a batch of its own, and whether its answer lost its tail.
 
         Raises:
             BadSample: a picture that is missing, broken or of an absurd size, a special token written in a text, or a
                 length that leaves nothing of the answer.
         """
+        sample = as_sample(sample)
         try:
             batch, shortened = self._encode([self.opened(sample)], self._fast_inputs)
         except BadSample as bad:
@@ -84,12 +90,16 @@ class ChatCollator:
         messages = [{**message, "content": list(map(self._part, message["content"]))} for message in sample.messages]
         return replace(sample, messages=messages)
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, Tensor]:
         """
+        Returns:
+            what the model takes, with `labels` (samples, tokens), which are IGNORE_INDEX wherever nothing is learned.
+
         Raises:
-            BadSample: a sample's length leaves nothing of its answer.
+            BadSample: a sample's length leaves nothing of its answer; or a dict is no chat, or as `encode`.
         """
-        return self._encode(samples, self._inputs)[0]
+        whole = [one if isinstance(one, Sample) else self.opened(as_sample(one)) for one in samples]
+        return self._encode(whole, self._inputs)[0]
 
     def _part(self, part: dict[str, Any]) -> dict[str, Any]:
         """A part of a message with its picture opened.

@@ -1,4 +1,4 @@
-"""Packed rows for any unlocked model: whole samples, joined behind any collator."""
+"""Packed rows for any model: whole samples, joined behind any collator."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aki.attention.families import CannotUnlock, underlying_model
+from aki.attention.families import CannotUnlock
 from aki.data.packing import first_fit_decreasing
 from aki.layout import IGNORE_INDEX
+from aki.models.other import base_of
 
 Inputs = dict[str, Tensor]
 RopeIndex = Callable[..., tuple[Tensor, Tensor]]
@@ -31,7 +32,7 @@ def pack(collator: Callable[[Any], Mapping[str, Tensor]], model: nn.Module, row_
 
     Args:
         collator: makes a batch of a list of samples, with labels.
-        model: an unlocked model, or one that is trained causally.
+        model: AKI's own, an unlocked model, or one that is trained causally.
 
     Raises:
         CannotUnlock: this family cannot be packed, and why.
@@ -45,7 +46,7 @@ def rope_index_of(model: nn.Module) -> RopeIndex | None:
     Raises:
         CannotUnlock: this family cannot be packed, and why.
     """
-    whole = underlying_model(model)
+    whole = base_of(model)
     kind = type(whole).__name__
     if "create_masks_for_generate" in vars(type(whole)):
         raise CannotUnlock(

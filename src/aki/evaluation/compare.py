@@ -22,7 +22,18 @@ from aki.training.folder import RunError
 from aki.training.recipe import Recipe
 
 CELLS = "cells"
-_KEPT = ("test", "validation", "held_out", "curve", "parameters", "tokens", "flops", "seconds", "guard_seconds")
+_KEPT = (
+    "test",
+    "validation",
+    "baselines",
+    "held_out",
+    "curve",
+    "parameters",
+    "tokens",
+    "flops",
+    "seconds",
+    "guard_seconds",
+)
 
 Run = dict[str, Any]
 

@@ -21,11 +21,9 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria
 
 import aki
-from aki.attention import BACKENDS, get_rule
 from aki.evaluation.answers import AnswerCache, key_of
 from aki.evaluation.fingerprints import data_fingerprint, model_fingerprint
-from aki.models.adapters import model_of_adapter
-from aki.models.other import described, load_any
+from aki.evaluation.opening import load_model
 
 MAX_NEW_TOKENS = 1024
 """Where a task names no limit."""
@@ -226,7 +224,7 @@ class Aki(lmms):
         )
         said = [row[length : length + budget] for row, budget in zip(out, budgets, strict=True)]
         texts = self.tokenizer.batch_decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [_until(text, request.args[2].get("until")) for text, request in zip(texts, requests, strict=True)]
+        return [until(text, request.args[2].get("until")) for text, request in zip(texts, requests, strict=True)]
 
 
 class _Budgets(StoppingCriteria):
@@ -242,40 +240,8 @@ class _Budgets(StoppingCriteria):
 @cache
 def versions() -> dict[str, str]:
     """Of the packages that can change an answer or its score."""
-    return {
-        package: version(package) for package in ("aki", "lmms_eval", "torch", "transformers", "datasets", "pillow")
-    }
-
-
-def load_model(pretrained: str, dtype: str, rule: str | None, unlock: bool, backend: str | None) -> tuple[Any, Any]:
-    """Model and processor, whichever kind it is.
-
-    Raises:
-        ValueError: no such dtype; a rule for a model that is neither AKI nor unlocked; AKI cannot be unlocked.
-    """
-    known = getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
-        raise ValueError(f"dtype must be auto or a floating torch dtype such as bfloat16, it is {dtype!r}.")
-    with model_of_adapter(pretrained):
-        found = described(pretrained)
-    kind = found.get("model_type")
-    is_aki = kind in (aki.AkiConfig.model_type, None)
-    if is_aki and unlock:
-        raise ValueError(f"{pretrained} is an AKI model, which has its rule already: leave unlock out.")
-    # Saved unlocked, a folder says so.
-    unlock = unlock or (not is_aki and "attention_rule" in found)
-    if rule is not None and not (is_aki or unlock):
-        raise ValueError(f"{pretrained} is a {kind} model: a rule needs unlock=True.")
-    implementation: Any = backend
-    if is_aki and backend in BACKENDS:
-        implementation = {"text_config": backend}
-    with model_of_adapter(pretrained):
-        model, processor = load_any(pretrained, dtype, attn_implementation=implementation)
-    if unlock:
-        aki.unlock(model, processor, rule)
-    elif rule is not None:
-        model.config.attention_rule = get_rule(rule).name
-    return model, processor
+    others = ("lmms_eval", "torch", "transformers", "datasets", "pillow")
+    return {"aki": aki.__version__} | {package: version(package) for package in others}
 
 
 def decoding_of(asked: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
@@ -295,7 +261,7 @@ def decoding_of(asked: dict[str, Any], limit: int | None = None) -> dict[str, An
     return decoding
 
 
-def _until(text: str, stops: str | list[str] | None) -> str:
+def until(text: str, stops: str | list[str] | None) -> str:
     for stop in [stops] if isinstance(stops, str) else stops or []:
         text = text.split(stop)[0] if stop else text
     return text.strip()
@@ -305,17 +271,3 @@ def _batch_size(asked: int | str, largest: int | None) -> int:
     if not str(asked).isdecimal() or int(asked) < 1:
         raise ValueError(f"batch_size must be a number from 1 up, it is {asked!r}.")
     return min(int(asked), largest or int(asked))
-
-
-def vllm_model(pretrained: str, rule: str | None, dtype: str, batch_size: int) -> lmms:
-    """lmms-eval's own model `vllm_chat`, under a rule over what the folder says.
-
-    Raises:
-        ValueError: vLLM is not installed.
-    """
-    from aki.apps.vllm import check_installed, overrides
-
-    check_installed()
-    from lmms_eval.models.chat.vllm import VLLM
-
-    return VLLM(model=pretrained, batch_size=batch_size, dtype=dtype, hf_overrides=overrides(rule))

@@ -34,13 +34,13 @@ class Cell:
 
     @property
     def steps(self) -> int:
-        return self.recipe.stage(self.stage).steps
+        return self.recipe.stage(self.stage).number_of_steps
 
     @property
     def work(self) -> int:
         """Samples by orders, for an estimate of how long it takes beside others."""
         stage = self.recipe.stage(self.stage)
-        return stage.steps * stage.batch_size * stage.copies
+        return stage.number_of_steps * stage.batch_size * stage.copies
 
     @property
     def fingerprint(self) -> str:
@@ -72,7 +72,7 @@ def row_recipe(recipe: Recipe, row: Mapping[str, Any], seed: int, learning_rate:
     if learning_rate is not None:
         # The cosine ends at the same share of the rate that it starts from.
         sft = merged.stage("sft")
-        lowest = sft.min_learning_rate * learning_rate / sft.learning_rate
+        lowest = sft.lowest_rate * learning_rate / sft.learning_rate
         merged.sft = replace(sft, learning_rate=learning_rate, min_learning_rate=lowest)
     return merged
 
@@ -116,6 +116,8 @@ def fast(recipe: Recipe) -> Recipe:
     """The same comparison with a few steps and questions a cell: whether it runs, not what comes of it."""
     few: dict[str, Any] = {
         "steps": 2,
+        "epochs": None,
+        "patience": 0,
         "batch_size": 2,
         "warmup_steps": 1,
         "eval_every": 0,

@@ -131,7 +131,23 @@ def summary_table(results: Results, titles: dict[str, str], steps: Steps | None 
             f"{step['ratio']:.2f}" if step else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines + _baselines(results, titles))
+
+
+def _baselines(results: Results, titles: dict[str, str]) -> list[str]:
+    """Rows of what can be had without looking; runs from before they were measured have none."""
+    measured = {row: runs for row, runs in results.items() if all("baselines" in run for run in runs)}
+    if not measured:
+        return []
+    row, runs = list(measured.items())[-1]
+    names = {
+        "majority": "majority answer of each skill or source",
+        "blind": f"{titles[row]}, asked without the picture",
+    }
+    scores = {name: [100 * run["baselines"][name]["accuracy"] for run in runs] for name in names}
+    return [
+        f"| {title} | {len(runs)} | {_with_interval(scores[name], '.1f')} |" + " |" * 5 for name, title in names.items()
+    ]
 
 
 def remarks(comparison: Comparison) -> list[str]:

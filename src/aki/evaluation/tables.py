@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+OWN = "own questions"
+"""The suite of results that no paper has."""
 PAPERS = Path(__file__).with_name("papers.yaml")
 PART, ASKED, DATA, METRIC, OTHER_SCORER = "*", "‡", "§", "¶", "†"
 LEGEND = {
@@ -89,6 +91,16 @@ def read_results(path: Path) -> Row:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} holds no results of `aki eval` ({reason}).") from error
+
+
+def read_own(path: Path) -> dict[str, Any] | None:
+    """Results of questions of the user's own, None if there are none there."""
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("suite") == OWN else None
 
 
 def paper_tables(paper: str, ours: Sequence[Row]) -> list[Table]:

@@ -31,8 +31,8 @@ def join_backbones(
         encoders: kind (vision, video, audio) -> hub id or folder.
     """
     joined = AkiConfig(
-        **{f"{kind}_config": AutoConfig.from_pretrained(name) for kind, name in encoders.items()},
-        text_config=AutoConfig.from_pretrained(language_model),
+        **{f"{kind}_config": _config(name) for kind, name in encoders.items()},
+        text_config=_config(language_model),
         **config,
     )
     with torch.device("meta"):
@@ -57,8 +57,12 @@ def join_backbones(
     return model.to(dtype or decoder.dtype)
 
 
+def _config(name: str) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
 def _load(auto_class: Any, name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True)
+    model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, trust_remote_code=False)
     check_complete(name, info["missing_keys"])
     check_finite(name, dict(model.named_parameters()))
     return model

@@ -98,7 +98,7 @@ def _read(source: str, sampling_rate: int) -> NDArray[np.float32]:
     try:
         import soundfile
     except ImportError as error:
-        raise ClipError(f"{shown} cannot be read without soundfile and soxr: pip install 'aki[audio]'.") from error
+        raise ClipError(f"{shown} cannot be read without soundfile and soxr: pip install 'aki-mma[audio]'.") from error
     try:
         samples, given = soundfile.read(_file(source), dtype="float32", always_2d=True)
     except Exception as error:
@@ -129,6 +129,6 @@ def _resample(wave: NDArray[np.float32], given: int, wanted: int) -> NDArray[np.
     try:
         import soxr
     except ImportError as error:
-        message = f"the audio is at {given} Hz, the encoder wants {wanted} Hz: pip install 'aki[audio]'."
+        message = f"the audio is at {given} Hz, the encoder wants {wanted} Hz: pip install 'aki-mma[audio]'."
         raise ClipError(message) from error
     return soxr.resample(wave, given, wanted)

@@ -10,7 +10,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from aki.attention.rules import get_rule
 from aki.compat import CACHE_NAMES
 from aki.layout import AUDIO, IMAGE, VIDEO
+from aki.models.connectors import CONNECTORS
 from aki.models.media import Media
+from aki.models.remote import SavedWithLoader
 from aki.models.weights import check_depth
 
 
@@ -19,7 +21,8 @@ class AkiConnectorConfig(PreTrainedConfig):
     """How an encoder's features become embeddings of the language model.
 
     Attributes:
-        connector: `perceiver_resampler` (the paper's) or `mlp` (LLaVA's two layers, one embedding a feature).
+        connector: a key of `aki.models.connectors.CONNECTORS`, which may have sizes of its own: `perceiver_resampler`
+            (the paper's) or `mlp` (LLaVA's two layers, one embedding a feature).
         num_latents: embeddings an image, a frame or an audio clip, for the resampler.
         depth, num_heads, head_dim, ff_mult: its sizes.
     """
@@ -33,9 +36,13 @@ class AkiConnectorConfig(PreTrainedConfig):
     head_dim: int = 64
     ff_mult: int = 4
 
+    def __post_init__(self, **kwargs):
+        own = CONNECTORS[self.connector].SIZES if self.connector in CONNECTORS else {}
+        super().__post_init__(**own | kwargs)
+
 
 @strict
-class AkiConfig(PreTrainedConfig):
+class AkiConfig(SavedWithLoader, PreTrainedConfig):
     """Configuration of `AkiForConditionalGeneration`.
 
     Videos and audio are configured as images are, by an encoder, a connector and a placeholder each. They are fields of

@@ -1,12 +1,55 @@
-"""Connectors: (items, features, encoder width) -> (items, embeddings, language model width)."""
+"""Connectors, each with all that the rest asks of it: how many embeddings it makes of an item, and where they stand."""
 
 from __future__ import annotations
 
+from math import isqrt
+from typing import TYPE_CHECKING, Any, ClassVar
+
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
-from aki.models.configuration import AkiConfig, AkiConnectorConfig
-from aki.models.media import Media
+if TYPE_CHECKING:
+    from aki.models.configuration import AkiConfig, AkiConnectorConfig
+    from aki.models.media import Media
+
+
+class Connector(nn.Module):
+    """(items, features, encoder width) -> (items, embeddings, language model width), an embedding a feature unless a
+    connector says otherwise.
+
+    Attributes:
+        SIZES: its own fields of `AkiConnectorConfig` and their defaults, beside those that the class declares.
+
+    Args:
+        config: of the connector.
+        vision_width, text_width: of what comes in and goes out.
+    """
+
+    SIZES: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, config: AkiConnectorConfig, vision_width: int, text_width: int):
+        super().__init__()
+
+    @staticmethod
+    def count(config: AkiConnectorConfig, features: int) -> int:
+        """Embeddings, and so placeholders, of so many features: of a picture, a frame or an audio clip."""
+        return features
+
+    @staticmethod
+    def grid(config: AkiConnectorConfig, patches: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns on which the embeddings of a picture stand, for rules with rings.
+
+        Args:
+            patches: rows and columns of the encoder's.
+
+        Raises:
+            ValueError: they stand on no grid.
+        """
+        return patches
+
+    def initialise(self) -> None:
+        """Set new parameters that are not those of a torch layer, with transformers' `init`."""
 
 
 class PerceiverAttention(nn.Module):
@@ -50,11 +93,11 @@ def feed_forward(width: int, mult: int) -> nn.Sequential:
     )
 
 
-class PerceiverResampler(nn.Module):
+class PerceiverResampler(Connector):
     """The paper's connector: learned latents read the features through `depth` layers, then are projected."""
 
     def __init__(self, config: AkiConnectorConfig, vision_width: int, text_width: int):
-        super().__init__()
+        super().__init__(config, vision_width, text_width)
         self.latents = nn.Parameter(torch.randn(config.num_latents, vision_width))
         self.layers = nn.ModuleList(
             nn.ModuleList(
@@ -67,6 +110,24 @@ class PerceiverResampler(nn.Module):
         )
         self.norm = nn.LayerNorm(vision_width)
         self.projection = nn.Linear(vision_width, text_width)
+
+    @staticmethod
+    def count(config: AkiConnectorConfig, features: int) -> int:
+        return config.num_latents
+
+    @staticmethod
+    def grid(config: AkiConnectorConfig, patches: tuple[int, int]) -> tuple[int, int]:
+        """The latents' square."""
+        latents, side = config.num_latents, isqrt(config.num_latents)
+        if side * side != latents:
+            raise ValueError(
+                f"a rule with rings lays the connector's latents out as a square, which {latents} are not: set "
+                f"connector_config.num_latents to {side * side} or {(side + 1) ** 2}."
+            )
+        return side, side
+
+    def initialise(self) -> None:
+        init.normal_(self.latents, mean=0.0, std=1.0)
 
     def forward(self, features: Tensor) -> Tensor:
         latents = self.latents.expand(features.shape[0], -1, -1)
@@ -92,30 +153,30 @@ class PerceiverResampler(nn.Module):
         return mean / mean.sum(-1, keepdim=True)
 
 
-class MLPConnector(nn.Module):
+class MLPConnector(Connector):
     """LLaVA's connector: two layers, one embedding a feature."""
 
     def __init__(self, config: AkiConnectorConfig, vision_width: int, text_width: int):
-        super().__init__()
+        super().__init__(config, vision_width, text_width)
         self.layers = nn.Sequential(nn.Linear(vision_width, text_width), nn.GELU(), nn.Linear(text_width, text_width))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)
 
 
-CONNECTORS = {"perceiver_resampler": PerceiverResampler, "mlp": MLPConnector}
+CONNECTORS: dict[str, type[Connector]] = {"perceiver_resampler": PerceiverResampler, "mlp": MLPConnector}
 
 
-def build_connector(config: AkiConnectorConfig, encoder_width: int, text_width: int) -> nn.Module:
-    """The connector that the configuration names.
-
+def connector_named(name: str) -> type[Connector]:
+    """
     Raises:
         ValueError: there is no such connector.
     """
-    name = config.connector
     if name not in CONNECTORS:
-        raise ValueError(f"there is no connector {name!r}; there are {', '.join(CONNECTORS)}.")
-    return CONNECTORS[name](config, encoder_width, text_width)
+        raise ValueError(
+            f"there is no connector {name!r}; there are {', '.join(CONNECTORS)}. Your own comes with --plugin FILE."
+        )
+    return CONNECTORS[name]
 
 
 def computation_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
@@ -127,6 +188,7 @@ def computation_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 
 
-def connector_of(media: Media, config: AkiConfig) -> nn.Module:
+def connector_of(media: Media, config: AkiConfig) -> Connector:
     """A new connector between one of the model's encoders and its language model."""
-    return build_connector(media.connector_config, media.encoder_config.hidden_size, config.text_config.hidden_size)
+    kind = connector_named(media.connector_config.connector)
+    return kind(media.connector_config, media.encoder_config.hidden_size, config.text_config.hidden_size)

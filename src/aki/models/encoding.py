@@ -102,8 +102,8 @@ def encode_media(backbone: Any, name: str, values: Tensor, **kwargs) -> BaseMode
     return BaseModelOutputWithPooling(
         last_hidden_state=encoded.last_hidden_state,
         pooler_output=embeds.unflatten(0, (-1, media.frames)).flatten(1, 2),
-        hidden_states=encoded.hidden_states,
-        attentions=encoded.attentions,
+        hidden_states=encoded.get("hidden_states"),
+        attentions=encoded.get("attentions"),  # a convolutional encoder has none
     )
 
 

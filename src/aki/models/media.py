@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
 from aki.layout import AUDIO, IMAGE
+from aki.models.connectors import Connector, connector_named
 
 
 @dataclass(frozen=True)
@@ -77,29 +77,22 @@ class Media:
     @property
     def tokens_per_item(self) -> int:
         """Embeddings, and so placeholders, of one item."""
-        if self.connector_config.connector == "perceiver_resampler":
-            return self.frames * self.connector_config.num_latents
-        return self.frames * self.num_features
+        return self.frames * self._connector.count(self.connector_config, self.num_features)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns on which the embeddings of one item stand: those of the patches, or the latents' square.
+        """Rows and columns on which the embeddings of one item stand, as its connector says.
 
         Raises:
             ValueError: they stand on no grid.
         """
-        latents = self.connector_config.num_latents
         if self.modality != IMAGE:
             raise ValueError(f"a rule with rings needs media on a grid, which the tokens of one {self.name} are not.")
-        if self.connector_config.connector != "perceiver_resampler":
-            return self.patch_grid
-        side = isqrt(latents)
-        if side * side != latents:
-            raise ValueError(
-                f"a rule with rings lays the connector's latents out as a square, which {latents} are not: set "
-                f"connector_config.num_latents to {side * side} or {(side + 1) ** 2}."
-            )
-        return side, side
+        return self._connector.grid(self.connector_config, self.patch_grid)
+
+    @property
+    def _connector(self) -> type[Connector]:
+        return connector_named(self.connector_config.connector)
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, PreTrainedModel
-from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from aki.attention import get_rule
@@ -17,7 +16,7 @@ from aki.models.backbones import join_backbones
 from aki.models.blanks import with_blanks
 from aki.models.checks import check_behind_cache, check_count
 from aki.models.configuration import AkiConfig
-from aki.models.connectors import PerceiverResampler, connector_of
+from aki.models.connectors import Connector, connector_of
 from aki.models.decoder_inputs import blocks_of_call, decoder_inputs, identify, needs_layout, opens_ahead, padding_of
 from aki.models.encoding import AkiEncodingMixin, encode_media, encoder_of
 from aki.models.explain import AkiExplainMixin
@@ -26,9 +25,10 @@ from aki.models.generation import AkiGenerationMixin
 from aki.models.heads import new_head, scale_logits
 from aki.models.loading import check_before, check_loaded
 from aki.models.outputs import AkiModelOutput, AkiOutput
+from aki.models.remote import ImportedCode
 
 
-class AkiPreTrainedModel(PreTrainedModel):
+class AkiPreTrainedModel(ImportedCode, PreTrainedModel):
     config: AkiConfig
     config_class = AkiConfig
     base_model_prefix = "model"
@@ -43,8 +43,8 @@ class AkiPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, PerceiverResampler):
-            init.normal_(module.latents, mean=0.0, std=1.0)
+        if isinstance(module, Connector):
+            module.initialise()
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """As transformers'; a connector attends in its own way, and only takes note, without a warning."""
@@ -61,6 +61,12 @@ class AkiPreTrainedModel(PreTrainedModel):
             for name, connector in connectors.items():
                 connector._attn_implementation_internal = before[name]
             raise
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """As transformers', with a card of what is known of the model."""
+        from aki.models.publishing import push  # it knows of all models, this one among them
+
+        return push(self, repo_id, **options)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.language_model.get_input_embeddings()

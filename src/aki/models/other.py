@@ -41,8 +41,10 @@ def kind_of(name: str | Path) -> str | None:
 
 
 def _merged(folder: str | Path, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
-    from peft import PeftModel
-
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise RuntimeError(f"{folder} holds an adapter, which PEFT opens: pip install 'aki-mma[adapter]'.") from error
     model, _ = load_any(str(adapter_of(folder)), dtype, **options)
     merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     rule = rule_of_adapter(folder)
@@ -160,7 +162,7 @@ def model_on_meta(name: str | Path) -> PreTrainedModel:
     base = adapter_of(name)
     if base is not None:
         return model_on_meta(base)
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     with torch.device("meta"):
         return (
             AutoModelForMultimodalLM.from_config(config)

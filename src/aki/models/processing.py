@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature
 from transformers.audio_utils import AudioInput
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData
@@ -23,12 +23,13 @@ from aki.models.chats import Openers, prepare
 from aki.models.clips import ClipError, open_audio, open_video, pick_frames
 from aki.models.images import open_image
 from aki.models.plain_text import as_text
+from aki.models.remote import SavedProcessor
 from aki.models.template_limits import check_templates
 from aki.models.templates import ANSWER_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN
 from aki.models.weights import check_sizes
 
 
-class AkiProcessor(ProcessorMixin):
+class AkiProcessor(SavedProcessor):
     """What prepares each medium, and a tokenizer: they write one placeholder for every embedding of an item.
 
     Args:
@@ -95,6 +96,8 @@ class AkiProcessor(ProcessorMixin):
             ValueError: a chat template that never ends, or fills the memory; sizes that do.
         """
         name = pretrained_model_name_or_path
+        # On a terminal transformers would ask whether to run the code of a tokenizer's folder.
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
         check_sizes(cls.get_processor_dict(name, **kwargs)[0], name)
         processor = super().from_pretrained(name, **kwargs)
         # Older folders keep these in a file of their own.

@@ -169,7 +169,7 @@ class PublishedCheckpoint:
         try:
             if key in self.meta:
                 return AutoConfig.for_model(**self.meta[key] | changes)
-            return AutoConfig.from_pretrained(self.meta[path_key], **changes)
+            return AutoConfig.from_pretrained(self.meta[path_key], trust_remote_code=False, **changes)
         except (OSError, ValueError, TypeError, StrictDataclassError) as error:
             why = str(error).splitlines()[0][:200]
             raise CheckpointError(
@@ -214,7 +214,7 @@ def _image_token_id(published: PublishedCheckpoint) -> int:
     if "image_token_id" in published.meta:
         return published.meta["image_token_id"]
     try:
-        token_id = AutoTokenizer.from_pretrained(published.folder).get_vocab().get(IMAGE_TOKEN)
+        token_id = AutoTokenizer.from_pretrained(published.folder, trust_remote_code=False).get_vocab().get(IMAGE_TOKEN)
     except (OSError, ValueError):
         token_id = None
     if token_id is None:

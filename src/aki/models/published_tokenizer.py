@@ -56,7 +56,7 @@ def _load(published: PublishedCheckpoint) -> PreTrainedTokenizerBase:
     for place in filter(None, [str(published.folder), published.meta.get("lang_model_path")]):
         for kind in (PreTrainedTokenizerFast, AutoTokenizer):
             try:
-                return kind.from_pretrained(place, padding_side="left")
+                return kind.from_pretrained(place, padding_side="left", trust_remote_code=False)
             except Exception as error:  # tokenizers raises nothing narrower on a broken file
                 reasons.append(str(error).partition("\n")[0])
     raise CheckpointError(

@@ -32,7 +32,7 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise RecipeError("adapter needs PEFT: pip install peft.") from error
+        raise RecipeError("adapter needs PEFT: pip install 'aki-mma[adapter]'.") from error
     saved = [name for one in recipe.modules_to_save for name in (connectors_of(model) if one == "connector" else [one])]
     try:
         config = LoraConfig(
@@ -47,7 +47,10 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str) -> Any:
             **KINDS_OF_ADAPTERS[recipe.kind],
             **recipe.options,
         )
-        return get_peft_model(model, config)
+        wrapped = get_peft_model(model, config)
+        # PEFT puts the name that the weights were first loaded by, which is not that of a merged adapter's folder.
+        config.base_model_name_or_path = belongs_to
+        return wrapped
     except (TypeError, ValueError) as error:
         raise RecipeError(f"PEFT does not take this adapter: {error}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,23 @@ def open_sources(recipe: Recipe, sources: Sequence[SourceRecipe], seed: int) -> 
         )
         for one in sources
     ]
+
+
+def counted(recipe: Recipe, stages: Iterable[str]) -> Recipe:
+    """The recipe with the steps of stages that say epochs, for which their sources are opened.
+
+    Raises:
+        SourceError: a source that is not there.
+    """
+    for name in stages:
+        stage = recipe.stage(name)
+        if stage.epochs is not None:
+            samples = sum(len(source) for source in open_sources(recipe, stage.sources, recipe.seed))
+            a_step = stage.batch_size * stage.gradient_accumulation_steps * recipe.devices
+            steps = max(1, round(stage.epochs * samples / a_step))
+            of_stage: dict[str, Any] = {name: replace(stage, steps=steps, epochs=None)}
+            recipe = replace(recipe, **of_stage)
+    return recipe
 
 
 def below(root: str, path: str) -> str:

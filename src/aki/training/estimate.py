@@ -91,7 +91,7 @@ def estimate(recipe: Recipe, stage: StageRecipe, processes: int) -> Estimate:
         parts,
         tokens,
         config.image_seq_length,
-        stage.steps,
+        stage.number_of_steps,
         samples_a_row * stage.batch_size * stage.gradient_accumulation_steps * recipe.devices,
         processes,
         _memory(model, config, recipe, stage, tokens, processes),

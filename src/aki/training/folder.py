@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 RESULT = "result.json"
 _WEIGHTS = ("*.safetensors", "*.bin")
 _PROCESSOR = "processor_config.json"
+_DEFAULT = "its default"
+"""What a recorded recipe does not say."""
 
 Found = TypeVar("Found")
 
@@ -71,7 +73,8 @@ def training_folder(output: Path) -> Path:
 
 
 def begin(recipe: Recipe, stage: str, output: Path, start_from: Path | None, resume: bool) -> Begun:
-    """Begin a run in a folder, or find what there is of it.
+    """Begin a run in a folder, or find what there is of it. A finished one that has more steps now is taken up again
+    at its last checkpoint.
 
     Raises:
         RunError: it holds a run and `resume` is not set, or one of another recipe, start or data, or nothing of it can
@@ -85,13 +88,42 @@ def begin(recipe: Recipe, stage: str, output: Path, start_from: Path | None, res
         return Begun()
     if not resume:
         raise RunError(f"{output} already holds a run: pass --resume to continue it, or choose another --output.")
+    more_steps = False
     if (training / "run.json").exists():
         now = _inputs(recipe, stage, start_from)
-        _check_inputs(output, now | json.loads((training / "run.json").read_text()), now)
+        then = now | json.loads((training / "run.json").read_text())
+        more_steps = result.exists() and _has_more_steps(then, now)
+        _check_inputs(output, then | ({"recipe": now["recipe"]} if more_steps else {}), now)
     try:
-        return _what_is_left(output)
+        return _extended(output, now) if more_steps else _what_is_left(output)
     except DamagedError as error:
         raise RunError(f"{error}. Choose another --output, or delete {output} to train it again.") from error
+
+
+def _has_more_steps(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether that is all in which its recipe differs."""
+    before, after = _differences(then["recipe"], now["recipe"]).get(f"{now['stage']}.steps", (0, 0))
+    alone = len(_differences(then["recipe"], now["recipe"])) == 1
+    return alone and isinstance(before, int) and isinstance(after, int) and before < after
+
+
+def _extended(output: Path, now: dict[str, Any]) -> Begun:
+    """
+    Raises:
+        RunError: it left no checkpoint.
+        DamagedError: none that is whole.
+    """
+    training = training_folder(output)
+    checkpoint = last_whole_checkpoint(training)
+    if checkpoint is None:
+        raise RunError(
+            f"{output} holds a finished run without a checkpoint (its save_every was 0), which more steps cannot go on "
+            "from: choose another --output, and start from its model with --start-from."
+        )
+    # A kill between the two leaves a run of the old steps, which goes on from this checkpoint to its end.
+    (output / RESULT).unlink()
+    write_json(training / "run.json", now)
+    return Begun(checkpoint=checkpoint)
 
 
 def _what_is_left(output: Path) -> Begun:
@@ -112,6 +144,24 @@ def _what_is_left(output: Path) -> Begun:
         logger.warning("%s: it is made again, from %s.", error, checkpoint)
         return Begun(checkpoint=checkpoint)
     return Begun(result)
+
+
+def check_finished(output: Path) -> None:
+    """
+    Raises:
+        RunError: the folder holds a run that is not finished, or whose weights are not those that it ended with. A
+            folder without a run is not asked.
+    """
+    if not (output / RESULT).exists():
+        if (training_folder(output) / "run.json").exists():
+            raise RunError(f"{output} holds a run that is not finished: go on with it first, with --resume.")
+        return
+    try:
+        _check_model(output, json.loads((output / RESULT).read_text()))
+    except DamagedError as error:
+        raise RunError(
+            f"{error}. Train it again, or delete {output / RESULT}, which tells of other weights."
+        ) from error
 
 
 def _check_model(output: Path, result: dict[str, Any]) -> None:
@@ -159,8 +209,15 @@ def _check_inputs(output: Path, then: dict[str, Any], now: dict[str, Any]) -> No
     Raises:
         RunError: the run in the folder was begun with something else.
     """
-    if any(then[name] != now[name] for name in ("stage", "recipe")):
-        raise RunError(f"{output} holds a run of another recipe: choose another --output, or delete it.")
+    if then["stage"] != now["stage"]:
+        raise RunError(f"{output} holds {then['stage']}, not {now['stage']}: choose another --output, or delete it.")
+    if differences := _differences(then["recipe"], now["recipe"]):
+        told = [f"{key} was {before}, now it is {after}" for key, (before, after) in differences.items()]
+        more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
+        raise RunError(
+            f"{output} holds a run of another recipe: {'; '.join(told[:3])}{more}. Choose another --output, or delete "
+            "it."
+        )
     # A folder may have moved; and what a run started from may be gone when it is finished.
     same = "start_weights" if now["start_weights"] else "start_from"
     if then[same] != now[same]:
@@ -174,6 +231,17 @@ def _check_inputs(output: Path, then: dict[str, Any], now: dict[str, Any]) -> No
             f"{output} holds a run over other data: {', '.join(changed[:3])} changed since it began. Put them back as "
             "they were, or choose another --output."
         )
+
+
+def _differences(then: Any, now: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """The dotted keys in which two recorded recipes differ, and what they are in both."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in [*then, *(key for key in now if key not in then)]:
+            below = f"{where}.{key}" if where else key
+            found |= _differences(then.get(key, _DEFAULT), now.get(key, _DEFAULT), below)
+        return found
+    return {} if then == now else {where: (then, now)}
 
 
 def _weights(folder: Path) -> Iterator[Path]:

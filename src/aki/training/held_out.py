@@ -129,7 +129,7 @@ def choose(
         # Each part has a stretch of its own, so that a bad sample in one moves nothing in the other.
         middle = -(-len(order) * sizes[0] // sum(sizes))
         for part, stretch in enumerate((order[:middle], order[middle:])):
-            good = (index for index in stretch if _usable(source, index, collator, report))
+            good = (index for index in stretch if usable(source, index, collator, report))
             picks[part].extend((number, index) for index in islice(good, wanted[part][number]))
     report.check()
     for name, picked in zip(("validation", "test"), picks, strict=True):
@@ -138,7 +138,9 @@ def choose(
     return HeldOut(Chosen(sources, picks[0]), Chosen(sources, picks[1]), report)
 
 
-def _usable(source: Samples, index: int, collator: ChatCollator, report: DataReport) -> bool:
+def usable(source: Samples, index: int, collator: ChatCollator, report: DataReport) -> bool:
+    """Whether a sample can be asked, its whole answer within `max_length`; the report counts it either way."""
+
     def use(sample: Sample) -> bool:
         row, shortened = collator.encode(sample)
         if shortened or not (row["labels"] != IGNORE_INDEX).any():

@@ -49,7 +49,9 @@ def build_processor(recipe: Recipe, texts: Iterable[str] | None = None) -> AkiPr
 
 def _tokenizer(recipe: Recipe, texts: Iterable[str] | None) -> PreTrainedTokenizerBase:
     if recipe.model.from_backbones is not None:
-        return _with_special_tokens(AutoTokenizer.from_pretrained(recipe.model.from_backbones.text))
+        return _with_special_tokens(
+            AutoTokenizer.from_pretrained(recipe.model.from_backbones.text, trust_remote_code=False)
+        )
     return train_tokenizer(corpus(recipe.data.grid)) if texts is None else _chat_tokenizer(texts)
 
 
@@ -97,7 +99,7 @@ def model_config(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase | None 
         }
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     text_config = _config("text", text)
-    _check_fields("connector", recipe.connector, AkiConnectorConfig())
+    _check_fields("connector", recipe.connector, AkiConnectorConfig(**_named(recipe.connector)))
     return AkiConfig(
         vision_config=_config("vision", recipe.vision),
         text_config=text_config,
@@ -107,12 +109,17 @@ def model_config(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase | None 
     )
 
 
+def _named(connector: dict[str, Any]) -> dict[str, Any]:
+    """Which connector, whose own sizes are fields too."""
+    return {"connector": connector["connector"]} if "connector" in connector else {}
+
+
 def _join_backbones(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> AkiForConditionalGeneration:
     """In float32: a stage trains the weights themselves, whatever precision it computes in."""
     assert recipe.from_backbones is not None
     wanted = model_config(recipe)
     for part, name in (("vision", recipe.from_backbones.vision), ("text", recipe.from_backbones.text)):
-        found = AutoConfig.from_pretrained(name)
+        found = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_sizes(part, name, getattr(recipe, part), getattr(found, f"{part}_config", found))
     model = AkiForConditionalGeneration.from_backbones(
         recipe.from_backbones.vision,

@@ -1,8 +1,7 @@
-"""Exact match, by skill, without decoding token by token."""
+"""Exact match, without decoding token by token."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from aki.data.memory import Batches, Memory
 from aki.data.schema import Sample
 from aki.layout import IGNORE_INDEX
 from aki.models.other import takes_logits_to_keep
+from aki.training.predictions import group_of, summary
 from aki.training.trainer import supervised_positions
 
 
@@ -35,33 +35,40 @@ def answered_right(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return ((predicted == labels) | (labels == IGNORE_INDEX)).all(1)
 
 
-def accuracy_by_skill(
+def answers_right(
     model: Any,
     collator: Callable[[Sequence[Sample]], dict[str, Tensor]],
     dataset: Dataset,
     batch_size: int = 300,
     name: str = "",
     memory: Memory | None = None,
+) -> list[tuple[bool, str]]:
+    """Of each question, whether it is answered right, and its skill (or source, where a sample has no skill).
+
+    Args:
+        name, memory: see `Batches`.
+    """
+    was_training = model.training
+    model.eval()
+    found: list[tuple[bool, str]] = []
+    size = len(dataset)  # type: ignore[arg-type]
+    batches = Batches(dataset, lambda samples: ([group_of(s) for s in samples], collator(samples)), name, memory)
+    for start in range(0, size, batch_size):
+        skills, batch = batches(range(start, min(start + batch_size, size)))
+        found += zip(answered_right(model, batch).tolist(), skills, strict=True)
+    model.train(was_training)
+    return found
+
+
+def accuracy_by_skill(
+    model: Any, collator: Callable[[Sequence[Sample]], dict[str, Tensor]], dataset: Dataset, **options: Any
 ) -> dict[str, float]:
     """The share answered right of each skill (or source, where a sample has no skill), and of all, 0 to 1.
 
     Args:
-        name, memory: see `Batches`.
+        options: as `answers_right` takes them.
 
     Returns:
         `accuracy`, that of all, and each skill's.
     """
-    was_training = model.training
-    model.eval()
-    right: dict[str, list[bool]] = defaultdict(list)
-    size = len(dataset)  # type: ignore[arg-type]
-    batches = Batches(
-        dataset, lambda samples: ([s.skill or s.source for s in samples], collator(samples)), name, memory
-    )
-    for start in range(0, size, batch_size):
-        skills, batch = batches(range(start, min(start + batch_size, size)))
-        for skill, ok in zip(skills, answered_right(model, batch).tolist(), strict=True):
-            right[skill].append(ok)
-    model.train(was_training)
-    answers = [ok for of_skill in right.values() for ok in of_skill]
-    return {"accuracy": sum(answers) / len(answers)} | {skill: sum(oks) / len(oks) for skill, oks in right.items()}
+    return summary(answers_right(model, collator, dataset, **options))

@@ -6,14 +6,14 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainingArguments, set_seed
 
 from aki.attention.guard import CHOOSE_CAUSAL, LeakError
 from aki.attention.prompts import PromptBlockWriter
@@ -26,24 +26,32 @@ from aki.data.orders import InEachOrder
 from aki.data.pack import rope_index_of
 from aki.data.packing import PackedCollator, PackedRows
 from aki.data.report import TooManyBadSamples
+from aki.data.schema import Sample
 from aki.data.shards import ShardMixture
 from aki.files import alone, write_json
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
 from aki.models.other import base_of, is_aki, parameters_of
 from aki.training.adapting import quantization_config, with_adapter
-from aki.training.data import REPORT, load_position, open_samples, stage_collators, stage_loader, texts
+from aki.training.data import REPORT, counted, load_position, open_samples, stage_collators, stage_loader, texts
 from aki.training.folder import RESULT, Begun, RunError, begin, first_process, relevant, sealed_weights, training_folder
 from aki.training.held_out import HeldOut, held_out
 from aki.training.model import build_model
+from aki.training.predictions import PREDICTIONS, WithoutMedia, majority, summary, write_predictions
 from aki.training.recipe import Recipe, RecipeError
-from aki.training.scoring import accuracy_by_skill
+from aki.training.scoring import accuracy_by_skill, answers_right
 from aki.training.start import check_start, load_start, set_rule
 from aki.training.trainer import AkiTrainer, Progress, replace_progress
 from aki.training.view import training_scenes
 
 _LOOKED_AT = 64
 """Samples in which pictures are looked for before training."""
+_KEEP_BEST = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "greater_is_better": True,
+    "restore_callback_states_from_checkpoint": True,
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ def run_stage(job: Job) -> dict[str, Any]:
         TooManyBadSamples: of the data.
         LeakError: the stage's rule does not fit its data.
     """
+    job = replace(job, recipe=counted(job.recipe, (job.stage,)))
     arguments = stage_arguments(job)
     lock = alone(training_folder(job.output) / "lock", f"the output folder {job.output}")
     with ExitStack() as held:
@@ -138,14 +147,15 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
         "curve": [_point(entry) for entry in trainer.state.log_history if "eval_accuracy" in entry],
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - started,
         "guard_seconds": trainer.guard_seconds,
         "tokens": trainer.state.num_input_tokens_seen,
         "flops": trainer.state.total_flos,
     }
     if asked is not None:
-        for name in ("validation", "test"):
-            result[name] = _score(job, model, collators[0], getattr(asked, name))
+        result["validation"] = _score(job, model, collators[0], asked.validation)
+        result |= _tested(job, trainer, model, collators[0], asked.test)
         result |= {"held_out": asked.summary()} if asked.report else {}
     if stage.task == "question" and stage.order in ("text_first", "echo"):
         # Whoever asks this model asks as it was trained.
@@ -175,16 +185,16 @@ def stage_arguments(job: Job) -> TrainingArguments:
     own_loader = bool(stage.sources or stage.shards)
     owned: dict[str, Any] = {
         "output_dir": str(training_folder(job.output)),
-        "max_steps": stage.steps,
+        "max_steps": stage.number_of_steps,
         "per_device_train_batch_size": stage.batch_size,
         "gradient_accumulation_steps": recipe.accumulation(stage, processes),
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": "cosine_warmup_with_min_lr",
         "lr_scheduler_kwargs": {
-            "min_lr": stage.min_learning_rate,
-            "warmup_lr_rate": stage.min_learning_rate / stage.learning_rate,
+            "min_lr": stage.lowest_rate,
+            "warmup_lr_rate": stage.lowest_rate / stage.learning_rate,
         },
-        "warmup_steps": stage.warmup_steps,
+        "warmup_steps": stage.warm_up,
         "weight_decay": stage.weight_decay,
         "adam_beta2": stage.adam_beta2,
         "max_grad_norm": stage.clip,
@@ -193,6 +203,7 @@ def stage_arguments(job: Job) -> TrainingArguments:
         "eval_steps": stage.eval_every or None,
         "save_strategy": "steps" if stage.save_every else "no",
         "save_steps": stage.save_every or 500,
+        **(_KEEP_BEST if stage.patience else {}),
         "bf16": recipe.bf16,
         # There is nothing to shard over one process.
         "fsdp": recipe.fsdp is not None and processes > 1,
@@ -270,6 +281,7 @@ def stage_trainer(
         model,
         arguments,
         **data,
+        callbacks=[EarlyStoppingCallback(stage.patience)] if stage.patience else None,
         eval_dataset=None if asked is None else asked.validation,
         score=score,
         may_open_nothing=stage.seen > 0,
@@ -293,14 +305,41 @@ def quantized(recipe: Recipe, start: Path) -> BitsAndBytesConfig | None:
 
 
 def _score(job: Job, model: Any, collator: ChatCollator, questions: Dataset) -> dict[str, float]:
+    return accuracy_by_skill(model, **_asking(job, collator, questions))
+
+
+def _tested(
+    job: Job, trainer: AkiTrainer, model: Any, collator: ChatCollator, questions: Dataset[Sample]
+) -> dict[str, Any]:
+    """The final numbers, beside what knowing nothing of the pictures scores; the answers go to `predictions.jsonl`."""
+    found = answers_right(model, **_asking(job, collator, questions))
+    golds = [questions[number].answer for number in range(len(found))]
+    # Of sharded weights generation would have to gather every layer for every token; `aki eval --recipe` asks later.
+    if trainer.is_world_process_zero() and not trainer.is_fsdp_enabled:
+        batch_size = job.recipe.stage(job.stage).batch_size
+        right = [ok for ok, _ in found]
+        write_predictions(job.output / PREDICTIONS, base_of(model), collator, questions, right, batch_size)
+    return {
+        "test": summary(found),
+        "baselines": {
+            "majority": majority(golds, [group for _, group in found]),
+            "blind": _score(job, model, collator, WithoutMedia(questions)),
+        },
+    }
+
+
+def _asking(job: Job, collator: ChatCollator, questions: Dataset) -> dict[str, Any]:
+    """What `answers_right` is called with beside the model."""
     if isinstance(questions, DigitScenes):
-        return accuracy_by_skill(model, collator, questions, name=_name(questions, [collator]), memory=job.memory)
+        name = _name(questions, [collator])
+        return {"collator": collator, "dataset": questions, "name": name, "memory": job.memory}
     # As in training: its rows, and as many as fit there. Pictures of files are too many to remember.
     padded = PackedCollator(collator.processor.tokenizer.pad_token_id)
-    batch_size = job.recipe.stage(job.stage).batch_size
-    return accuracy_by_skill(
-        model, lambda samples: padded([collator.encode(sample)[0] for sample in samples]), questions, batch_size
-    )
+    return {
+        "collator": lambda samples: padded([collator.encode(sample)[0] for sample in samples]),
+        "dataset": questions,
+        "batch_size": job.recipe.stage(job.stage).batch_size,
+    }
 
 
 def _name(scenes: DigitScenes, collators: list[ChatCollator]) -> str:

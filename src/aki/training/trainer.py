@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from aki.attention import NothingOpensError, check_no_leak, get_rule
@@ -31,6 +32,9 @@ NEVER_OPENS = 100
 
 class AkiTrainer(Trainer):
     """Refuses batches that leak, measures by `score`, and marks a checkpoint once all of it is written.
+
+    It trains on a list of chats too, with `data_collator=aki.ChatCollator(processor, max_length=...)`:
+    examples/train_aki.py.
 
     Args:
         score: model -> metrics, called every `eval_steps` instead of the Trainer's own evaluation.
@@ -70,6 +74,11 @@ class AkiTrainer(Trainer):
             inputs["pixel_values"] = fast.pixels.normalise(pixels)
         return inputs
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """As the Trainer's, which would take chats for columns that the model does not read."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += ["messages", "images", "id"]
+
     def data_report(self) -> DataReport:
         """What all processes have counted; every one of them has to ask."""
         assert self.loader is not None
@@ -106,10 +115,23 @@ class AkiTrainer(Trainer):
         saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, which keeps the next step's rate of a shorter run, where this one was given more steps."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint is not None and isinstance(schedule, LambdaLR):
+            shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
+            rates = [base * share for base, share in zip(schedule.base_lrs, shares, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            schedule._last_lr = rates  # what the log says
+
     def _run_epoch(self, *, epoch: int, epochs_trained: int, resume_from_checkpoint: str | None, **kwargs) -> None:
         """As the Trainer's, which forgets the loss since the last log, and takes a step after the last one, when it
         resumes."""
-        if self.state.global_step >= self.state.max_steps:
+        if resume_from_checkpoint is not None:
+            self._find_best()
+        if self.state.global_step >= self.state.max_steps or self._out_of_patience():
             self.control.should_training_stop = True
             return
         if resume_from_checkpoint is not None:
@@ -121,6 +143,21 @@ class AkiTrainer(Trainer):
         super()._run_epoch(
             epoch=epoch, epochs_trained=epochs_trained, resume_from_checkpoint=resume_from_checkpoint, **kwargs
         )
+
+    def _find_best(self) -> None:
+        """The best checkpoint where the run lies now; its folder may have moved."""
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+    def _out_of_patience(self) -> bool:
+        """Whether it stopped early, just before it was cut off."""
+        stopping = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        return any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stopping)
+
+    def _load_best_model(self) -> None:
+        """As the Trainer resumes: what it has for this moment passes over the names that other families save under."""
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
         started = time.perf_counter()

@@ -98,6 +98,6 @@ def stage_view(recipe: Recipe, name: str) -> StageView:
 
 def training_scenes(recipe: Recipe, stage: StageRecipe, processor: AkiProcessor) -> DigitScenes:
     """The scenes of a stage that names no data, as many as it takes."""
-    size = stage.steps * stage.batch_size * stage.gradient_accumulation_steps * recipe.devices
+    size = stage.number_of_steps * stage.batch_size * stage.gradient_accumulation_steps * recipe.devices
     pixels = processor.image_processor.size["height"]
     return DigitScenes("train", stage.task, size, pixels, recipe.data.grid, recipe.seed)

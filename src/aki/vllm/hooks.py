@@ -4,13 +4,17 @@ configuration each hands on as if it were not there.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+from aki.models.plain_text import mended
 from aki.vllm import settings
+from aki.vllm.chats import Chats
 from aki.vllm.prompts import Prompt, PromptReader
 from aki.vllm.steps import Steps, request_inputs
 
@@ -65,6 +69,9 @@ def attach() -> None:
     around(EngineCore, "__init__", ("self", "vllm_config"), _start_engine)
     around(kv_cache_utils, "_gen_mm_extra_hash_keys", _NAME, _name_block)
     around(renderer, "_try_get_processor_chat_template", ("tokenizer",), _template)
+    around(renderer.HfRenderer, "__init__", ("self", "config", "tokenizer"), _start_renderer)
+    around(renderer.HfRenderer, "render_messages", ("self", "messages", "params"), _render)
+    around(renderer.HfRenderer, "render_messages_async", ("self", "messages", "params"), _render_async)
     for runner in _runners():
         around(runner, "load_model", ("self", "load_dummy_weights"), _load)
         around(runner, "initialize_kv_cache", ("self", "kv_cache_config"), _look_at_cache)
@@ -96,22 +103,37 @@ def _runners() -> list[type]:
     return [FirstRunner, SecondRunner, CPUModelRunner]
 
 
-def make_reader(vllm_config: Any) -> PromptReader | None:
-    """None where no request of this engine can be under a rule."""
+_READERS: dict[int, PromptReader | None] = {}
+"""By the id of the configuration, which cannot be a key: what the scheduler read the worker beside it need not."""
+
+
+def reader_of(vllm_config: Any) -> PromptReader | None:
+    """None where no request of this engine can be under a rule.
+
+    Raises:
+        CannotServe: nothing would say where answers are.
+    """
+    if id(vllm_config) not in _READERS:
+        _READERS[id(vllm_config)] = _make_reader(vllm_config)
+        weakref.finalize(vllm_config, _READERS.pop, id(vllm_config), None)
+    return _READERS[id(vllm_config)]
+
+
+def _make_reader(vllm_config: Any) -> PromptReader | None:
     rule = settings.rule_of(vllm_config)
     if rule is None:
         return None
+    from transformers import PreTrainedTokenizerBase
     from vllm.tokenizers import cached_tokenizer_from_config
 
     model = vllm_config.model_config
-    own = settings.own_rule(vllm_config)
-    return PromptReader(model.hf_config, rule, cached_tokenizer_from_config(model), own)
-
-
-def _reader_of(owner: Any) -> PromptReader | None:
-    if not hasattr(owner, "_aki_reader"):
-        owner._aki_reader = make_reader(owner.vllm_config)
-    return owner._aki_reader
+    tokenizer = cached_tokenizer_from_config(model)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise settings.CannotServe(
+            "the answers of earlier turns, which no picture may see, are found by a tokenizer of transformers, and "
+            "this engine has none: start vLLM with --tokenizer-mode hf and without --skip-tokenizer-init."
+        )
+    return PromptReader(model.hf_config, rule, tokenizer, settings.own_rule(vllm_config))
 
 
 def _configure(original: Any, self: Any) -> None:
@@ -124,7 +146,7 @@ def _configure(original: Any, self: Any) -> None:
 def _start_engine(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     """Requests get the names of their blocks from a hasher, which is told here whose they are."""
     original(self, vllm_config, *args, **kwargs)
-    reader, hasher = make_reader(vllm_config), self.request_block_hasher
+    reader, hasher = reader_of(vllm_config), self.request_block_hasher
     if reader is None or hasher is None:
         return
 
@@ -163,6 +185,30 @@ def _template(original: Any, *args: Any, **kwargs: Any) -> Any:
     return found.get("default") if isinstance(found, dict) else found
 
 
+def _start_renderer(original: Any, self: Any, config: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+    reader = reader_of(config)
+    self._aki_chats = None
+    if reader is not None:
+        # Others hold the one that was given; of this one vLLM makes copies for its threads.
+        tokenizer = copy.deepcopy(tokenizer)
+        self._aki_chats = Chats(tokenizer, reader.marks)
+    original(self, config, tokenizer, *args, **kwargs)
+
+
+def _render(original: Any, self: Any, messages: Any, params: Any) -> Any:
+    if self._aki_chats is None:
+        return original(self, messages, params)
+    conversation, prompt = original(self, self._aki_chats.as_text(messages, params.chat_template), params)
+    return mended(conversation), prompt
+
+
+async def _render_async(original: Any, self: Any, messages: Any, params: Any) -> Any:
+    if self._aki_chats is None:
+        return await original(self, messages, params)
+    conversation, prompt = await original(self, self._aki_chats.as_text(messages, params.chat_template), params)
+    return mended(conversation), prompt
+
+
 def _schedule(
     original: Any,
     self: Any,
@@ -173,7 +219,7 @@ def _schedule(
     **kwargs: Any,
 ) -> Any:
     """What a picture is shown with is computed in one step: a step that would end within it ends before it."""
-    reader = _reader_of(self)
+    reader = reader_of(self.vllm_config)
     prompt = None if reader is None else _prompt(reader, request)
     whole = settings.keeps_prompts_whole(self.vllm_config)
     while True:
@@ -188,7 +234,7 @@ def _schedule(
 def _load(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """The runner's attention layers do their rows again."""
     original(self, *args, **kwargs)
-    reader = make_reader(self.vllm_config)
+    reader = reader_of(self.vllm_config)
     if reader is None or getattr(self, "_aki_steps", None) is not None:
         return
     from aki.vllm.layers import lay_layers

@@ -124,7 +124,10 @@ class PromptReader:
         else:
             self.media_token_ids = media_token_ids(config)
             self.scope_token_ids, self.answer_token_id = scope_token_ids(tokenizer), None
-        self.marks = AnswerMarks.of(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+        is_for_chats = getattr(tokenizer, "chat_template", None)
+        self.marks = AnswerMarks.of(tokenizer, told_from_text=True) if is_for_chats else None
+        # Scheduler and worker read the same prompts, in threads of their own.
+        self._kept = lru_cache(maxsize=64)(self._read)
 
     def rule_for(self, adapter: str | None) -> Rule:
         """The rule that an adapter's folder names, else the model's."""
@@ -142,10 +145,14 @@ class PromptReader:
             items: of each picture, video or clip the positions of its embeddings, and what it is known by.
             adapter: the folder of the request's adapter.
         """
-        spans = tuple((int(at.min()), int(at.max()) + 1, name) for at, name in items if len(at))
-        rule = self.rule_for(adapter)
-        layout = self.layout(ids, [at for at, _ in items])
-        return Prompt(tuple(ids), spans, tuple(openings(rule, layout)))
+        return self._kept(tuple(ids), tuple((tuple(at.tolist()), name) for at, name in items), adapter)
+
+    def _read(
+        self, ids: tuple[int, ...], items: tuple[tuple[tuple[int, ...], str], ...], adapter: str | None
+    ) -> Prompt:
+        spans = tuple((min(at), max(at) + 1, name) for at, name in items if at)
+        layout = self.layout(ids, [torch.tensor(at, dtype=torch.long) for at, _ in items])
+        return Prompt(ids, spans, tuple(openings(self.rule_for(adapter), layout)))
 
     def layout(self, ids: Sequence[int], embedded: Sequence[Tensor]) -> SequenceLayout:
         """(1, length). A placeholder that stands for no embedding is text that somebody wrote."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aki.attention import segments
+from aki.attention.kernels import no_kernel
 from aki.vllm.prompts import Opening, Span
 
 
@@ -45,6 +47,21 @@ class Rows:
     def stop(self) -> int:
         return self.first + self.queries.stop - self.queries.start
 
+    def segment(self, cached_at: int) -> segments.Segment:
+        """For a kernel that takes sequences of several lengths.
+
+        Args:
+            cached_at: where keys of earlier steps begin, if there are any, behind those of the step's tokens.
+        """
+        step = self.tokens.start - self.cached
+        keys = list[segments.Span]()
+        for first, stop in self.keys:
+            for place, begin, end in ((cached_at, 0, self.cached), (step, self.cached, self.tokens.stop - step)):
+                if max(first, begin) < min(stop, end):
+                    keys.append(segments.Span(place + max(first, begin), place + min(stop, end)))
+        queries = segments.Span(self.queries.start, self.queries.stop)
+        return segments.Segment(0, 0, (queries,), tuple(keys), not self.opening.whole)
+
     def mask(self, window: int | None, device: torch.device) -> Tensor:
         """(queries, keys) bool. Behind itself a query sees what is within the layer's window, ahead what is opened."""
         queries = torch.arange(self.first, self.stop, device=device)[:, None]
@@ -56,6 +73,13 @@ class Rows:
         if self.opening.whole:
             ahead = ahead | ((keys > queries) & (keys >= self.opening.first))
         return behind | ahead
+
+
+def takes_segments(impl: Any, window: int | None, query: Tensor, value: Tensor) -> bool:
+    """Whether FlashAttention's plain form gives what a layer gives."""
+    odd = window is not None or getattr(impl, "logits_soft_cap", None) or getattr(impl, "sinks", None) is not None
+    fits = query.shape[-1] == value.shape[-1] and no_kernel(query.device, query.dtype, query.shape[-1]) is None
+    return query.is_cuda and fits and not odd
 
 
 def attend(impl: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aki.attention import varlen
 from aki.vllm.cache import Pages, read
 from aki.vllm.prompts import Prompt, PromptReader
-from aki.vllm.rows import Rows, attend
+from aki.vllm.rows import Rows, attend, takes_segments
+
+Past = dict[int, tuple[Tensor, Tensor]]
+"""A request's place in the batch -> its keys and values of earlier steps, (tokens, key heads, width) both."""
 
 
 class Steps:
@@ -33,6 +38,7 @@ class Steps:
         self.is_open = False
         self.rows: list[Rows] | None = None
         self.masks: dict[tuple[int, int | None], Tensor] = {}
+        self.calls: tuple[varlen.Call, ...] | None = None
         self.done = 0
 
     @contextmanager
@@ -68,6 +74,7 @@ class Steps:
         self.counts = scheduled.num_scheduled_tokens
         self.is_open, self.rows, self.done = False, None, 0
         self.masks.clear()
+        self.calls = None
         for name in [name for name in self.unfinished if name in self.counts]:
             start, last = self.starts[name], self.prompts[name].openings[-1].stop
             self.is_open |= start < last
@@ -117,27 +124,51 @@ class Steps:
         if self.rows is None:
             self.rows = self._find_rows()
         past: dict[int, tuple[Tensor, Tensor]] = {}
-        for place, rows in enumerate(self.rows):
-            if rows.row not in past:
-                past[rows.row] = self._all_keys(layer, key, value, kv_cache, metadata, rows)
-            keys, values = (torch.cat([x[slice(*span)] for span in rows.keys]) for x in past[rows.row])
-            window = getattr(layer, "sliding_window", None)
+        for rows in self.rows:
+            if rows.cached and rows.row not in past:
+                table = metadata.block_table[rows.row]
+                past[rows.row] = read(self.pages[layer.layer_name], layer, kv_cache, table, rows.cached)
+        window = getattr(layer, "sliding_window", None)
+        if takes_segments(layer.impl, window, query, value):
+            self._in_one_call(layer.impl.scale, query, key, value, past, output)
+        else:
+            self._one_by_one(layer.impl, window, query, key, value, past, output)
+        self.done += 1
+
+    def _in_one_call(self, scale: float, query: Tensor, key: Tensor, value: Tensor, past: Past, output: Tensor) -> None:
+        """All rows of the step that are causal among themselves in one call, all others in a second."""
+        if past:
+            key, value = (torch.cat([x, *(pair[i] for pair in past.values())]) for i, x in enumerate((key, value)))
+        if self.calls is None:
+            self.calls = self._segment_calls(past, query, key)
+        for call in self.calls:
+            varlen.write(varlen.FLASH, query, key, value, call, scale, output)
+
+    def _segment_calls(self, past: Past, query: Tensor, key: Tensor) -> tuple[varlen.Call, ...]:
+        lengths = [len(keys) for keys, _ in past.values()]
+        starts = dict(zip(past, accumulate(lengths, initial=len(key) - sum(lengths)), strict=False))
+        found = tuple(rows.segment(starts.get(rows.row, 0)) for rows in self.rows or ())
+        return varlen.calls(found, (1, len(query), len(key)), query.device)
+
+    def _one_by_one(
+        self,
+        impl: Any,
+        window: int | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past: Past,
+        output: Tensor,
+    ) -> None:
+        for place, rows in enumerate(self.rows or ()):
+            own = [key[rows.tokens], value[rows.tokens]]
+            if rows.row in past:
+                own = [torch.cat(pair) for pair in zip(past[rows.row], own, strict=True)]
+            keys, values = (torch.cat([x[slice(*span)] for span in rows.keys]) for x in own)
             mask = self.masks.get((place, window))
             if mask is None:
                 mask = self.masks[place, window] = rows.mask(window, query.device)
-            output[rows.queries] = attend(layer.impl, query[rows.queries], keys, values, mask)
-        self.done += 1
-
-    def _all_keys(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: Any, rows: Rows
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of a request from its first token on."""
-        own_key, own_value = key[rows.tokens], value[rows.tokens]
-        if rows.cached == 0:
-            return own_key, own_value
-        table = metadata.block_table[rows.row]
-        cached_key, cached_value = read(self.pages[layer.layer_name], layer, kv_cache, table, rows.cached)
-        return torch.cat([cached_key, own_key]), torch.cat([cached_value, own_value])
+            output[rows.queries] = attend(impl, query[rows.queries], keys, values, mask)
 
 
 def request_inputs(request: Any) -> tuple[list[tuple[Tensor, str]], str | None]:

@@ -10,7 +10,7 @@ from aki.training.stages import build_model
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A folder as the quickstart leaves it, of a tiny model with random weights."""
-    recipe = load_recipe("recipes/digits.yaml")
+    recipe = load_recipe("digits")
     recipe.model.vision |= {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     recipe.model.vision |= {"num_attention_heads": 2}
     recipe.model.text |= {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}

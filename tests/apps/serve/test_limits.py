@@ -169,7 +169,7 @@ class TestImages:
         "url",
         [
             "/etc/passwd",
-            "recipes/digits.yaml",
+            "digits",
             "file:///etc/passwd",
             "FILE:///etc/hostname",
             "C:\\picture.png",

@@ -59,7 +59,7 @@ def open_source(
     """
     if kind not in SOURCES:
         near = get_close_matches(kind, SOURCES, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(SOURCES)}."
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(SOURCES)}; yours comes with --plugin."
         raise SourceError(f"there is no source of the kind {kind!r}. {hint}")
     given = {"images": images, "name": name or kind, **options}
     try:

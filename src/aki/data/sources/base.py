@@ -14,6 +14,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import Dataset
 
 from aki.data.augment import Augment, Box, View
+from aki.data.plain import check_texts
 from aki.data.report import BadSample, Reason
 from aki.data.schema import Sample
 from aki.data.sources.files import Columns, ImageRoots, Paths, Row, SourceError, find_files, fingerprint
@@ -244,20 +245,6 @@ def parse_once(
 
 def _feature(kind: Any) -> Any:
     return datasets.List(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
-
-
-def check_texts(messages: list[dict[str, Any]]) -> None:
-    """
-    Raises:
-        BadSample: an answer without text, a question without text or image, or no answer at the end.
-    """
-    if not messages or messages[-1].get("role") != "assistant":
-        raise BadSample(Reason.EMPTY_TEXT, "the chat does not end with an answer.")
-    for message in messages:
-        text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
-        pictured = message["role"] == "user" and any(part["type"] == "image" for part in message["content"])
-        if not text.strip() and not pictured:
-            raise BadSample(Reason.EMPTY_TEXT, f"a message of the role {message['role']} has no text.")
 
 
 def said(text: Any, what: str) -> str:

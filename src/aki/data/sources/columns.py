@@ -12,10 +12,10 @@ import pandas
 from datasets.packaged_modules.csv.csv import CsvConfig
 
 from aki.data.augment import View
+from aki.data.plain import plain_messages
 from aki.data.schema import assistant
 from aki.data.sources.base import Source, malformed
 from aki.data.sources.files import Paths, Row, SourceError, as_list
-from aki.data.sources.messages import plain_messages
 
 FIELDS = ("id", "image", "question", "answer", "messages")
 READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}

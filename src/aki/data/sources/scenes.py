@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 
 from aki.data.augment import Augment
-from aki.data.scenes.questions import NAMING, SKILLS, World, ask, caption
+from aki.data.scenes.questions import NAMING, SKILLS, SUMS, World, ask, caption
 from aki.data.scenes.scene import Scene, make_scene
 from aki.data.scenes.things import HELD_OUT_ONE_IN, NoThings, Thing, drawn_by_others, read_things
 from aki.data.schema import Sample, assistant, user
@@ -36,7 +36,8 @@ class Scenes:
         name: what counts and messages call it.
         seed: other scenes.
         task: `caption` or `question`.
-        part: one of PARTS.
+        part: one of PARTS. In what is harder than `same`, a sample's skill is `PART: sums` or `PART: others`, so that
+            each part is measured apart.
         size: number of samples.
         skills: the skills asked for, in turn; all if absent.
         blind: without the picture, for what can be guessed.
@@ -99,6 +100,8 @@ class Scenes:
             asked = ask(rng, self._world(rng, scene), skill)
             if asked and self.part == "things" and not self._unasked.intersection(_phrases(" ".join(asked))):
                 asked = None
+        if self.part not in ("train", "same"):
+            skill = f"{self.part}: {'sums' if skill in SUMS else 'others'}"
         return self._sample(index, scene, *asked, skill)
 
     def scene(self, index: int) -> Scene:

@@ -1,0 +1,199 @@
+"""Writes the table and the picture of `docs/evidence.md` from the finished cells: `python docs/evidence_page.py`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from aki.data.scenes.questions import LOOKUPS, SUMS
+from aki.evaluation.compare import Comparison, load_comparison
+from aki.evaluation.report import Results, interval, paired, steps_to_reach, titles_of
+from aki.training.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGE, PICTURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence.png"
+FOLDER = ROOT / "results" / "scenes"
+BEGIN, END = "<!-- results: made by docs/evidence_page.py -->", "<!-- end of results -->"
+SEEDS = {
+    "causal": 3,
+    "mma": 3,
+    "echo": 2,
+    "blind": 1,
+    "dot": 1,
+    "prefix": 1,
+    "image-bidirectional": 1,
+    "mma-image-bidirectional": 1,
+    "concentric": 1,
+}
+"""Row -> how many seeds the plan gives it."""
+WANTED = 1.5
+"""Points: half the width of the interval at which there are seeds enough."""
+KINDS = ("things", "words", "crowded", "drawings")
+
+
+def measured(recipe: Recipe, folder: Path) -> Comparison:
+    """What is finished, with the measures of the plan among each run's `test` and `curve`: `sums`, `others`, and what
+    the model scores on the sums when it is asked under another rule than its own (`asked`)."""
+    comparison = load_comparison(recipe, folder, list(recipe.rows))
+    comparison.results = {row: runs for row, runs in comparison.results.items() if runs}
+    for runs in comparison.results.values():
+        for run in runs:
+            for scores in (run["test"], *run["curve"]):
+                scores |= summed(scores)
+            file = folder / "asked" / f"{run['cell']}.json"
+            found = json.loads(file.read_text()) if file.exists() else {"under": {}, "paid": []}
+            run["asked"] = {rule: summed(scores)["sums"] for rule, scores in found["under"].items()}
+            run["paid"] = found["paid"]
+    return comparison
+
+
+def summed(scores: dict[str, float]) -> dict[str, float]:
+    """The main measure and the other one: means over the skills of `same`."""
+    return {
+        name: statistics.mean(scores[skill] for skill in skills if skill in scores)
+        for name, skills in (("sums", SUMS), ("others", LOOKUPS))
+    }
+
+
+def table(results: Results, titles: dict[str, str]) -> str:
+    """A row a row, in percent: the main measure and the others, each held-out kind, and the sums asked otherwise."""
+    named = {
+        "sums": "sums",
+        "others": "others",
+        **{f"{kind}: {part}": f"{kind}, {part}" for kind in KINDS for part in ("sums", "others")},
+    }
+    heads = ["row", "seeds", "sums", "to causal, points", *list(named.values())[1:]]
+    heads += ["sums, asked causally", "asked under MMA", "steps to causal's last"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for row, runs in results.items():
+        cells = [titles[row], str(len(runs)), said([100 * run["test"]["sums"] for run in runs])]
+        cells.append(said(paired(results, row, "sums"), "+") if row != "causal" and "causal" in results else "")
+        cells += [said([100 * run["test"][name] for run in runs if name in run["test"]]) for name in list(named)[1:]]
+        cells += [
+            said([100 * run["asked"][rule] for run in runs if rule in run["asked"]]) for rule in ("causal", "mma")
+        ]
+        cells.append(reached(results, row))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def reached(results: Results, row: str) -> str:
+    if (
+        row == "causal"
+        or "causal" not in results
+        or not all(run["curve"] for run in [*results[row], *results["causal"]])
+    ):
+        return ""
+    step, last = steps_to_reach(results, row)
+    return str(step) if step else f"more than {last}"
+
+
+def said(values: Sequence[float], sign: str = "") -> str:
+    """The mean and its interval; empty where there is nothing."""
+    if not values:
+        return ""
+    mean, half = interval(values)
+    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if half is not None else "")
+
+
+def what_is_there(results: Results) -> str:
+    """How far the runs are, by the plan."""
+    missing = {row: seeds - len(results.get(row, [])) for row, seeds in SEEDS.items()}
+    there = f"**Finished: {sum(map(len, results.values()))} cells.** "
+    left = ", ".join(f"{row} {number}" for row, number in missing.items() if number > 0)
+    there += f"Still to run, seeds: {left}." if left else "All that the plan names."
+    gains = paired(results, "mma", "sums") if {"causal", "mma"} <= set(results) else []
+    if len(gains) > 1:
+        mean, half = interval(gains)
+        assert half is not None
+        there += f" MMA - causal on the sums: {mean:+.1f} ± {half:.1f} points over {len(gains)} seeds"
+        there += ", which is narrow enough." if half <= WANTED else f"; ± {WANTED} is wanted."
+    return there
+
+
+def layers_table(results: Results, titles: dict[str, str]) -> str:
+    """Of rows that were asked so: the sums with MMA in half of the layers, and attention by thirds of the layers."""
+    lines = [
+        "| row | sums, MMA in the lower half alone | in the upper half alone | attention of pictures to the question, "
+        "%: lower, middle, upper third of the layers |",
+        "| --- |" + " ---: |" * 3,
+    ]
+    for row, runs in results.items():
+        looked = [run for run in runs if run["paid"]]
+        if not looked:
+            continue
+        halves = [said([100 * run["asked"][f"mma, {half} half"] for run in looked]) for half in ("lower", "upper")]
+        paid = [statistics.mean(values) for values in zip(*(run["paid"] for run in looked), strict=True)]
+        third = max(1, len(paid) // 3)
+        thirds = [paid[:third], paid[third:-third] or paid, paid[-third:]]
+        cells = [titles[row], *halves, ", ".join(f"{100 * statistics.mean(part):.1f}" for part in thirds)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def draw(results: Results, titles: dict[str, str], path: Path) -> None:
+    """The main measure of each row (a dot a seed), its difference to causal, and the learning curves of the sums."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(14, 1.6 + 0.4 * max(4, len(results))), layout="constrained")
+    for place, (row, runs) in enumerate(results.items()):
+        own = [100 * run["test"]["sums"] for run in runs]
+        for axis, values in ((axes[0], own), (axes[1], paired(results, row, "sums") if row != "causal" else [])):
+            if values:
+                mean, half = interval(values)
+                axis.errorbar(mean, place, xerr=half, fmt="o", color=f"C{place}", capsize=4)
+                axis.plot(values, [place + 0.2] * len(values), ".", color=f"C{place}", alpha=0.5)
+        curves = [[100 * point["sums"] for point in run["curve"]] for run in runs if run["curve"]]
+        if curves:
+            steps = [point["step"] for point in runs[0]["curve"]]
+            means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+            axes[2].plot(steps, means, color=f"C{place}", label=titles[row])
+    for axis, label in zip(axes, ("sums, %", "sums, points to causal, same seeds", "SFT step"), strict=True):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].axvline(0, color="gray", linewidth=1)
+    for axis in axes[:2]:
+        axis.set_yticks(range(len(results)), [titles[row] for row in results])
+        axis.invert_yaxis()
+    axes[1].set_yticklabels([])
+    axes[2].set_ylabel("sums, %, validation")
+    if axes[2].lines:
+        axes[2].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def made(comparison: Comparison, picture: str = "evidence.png") -> str:
+    """What stands between the marks of the page."""
+    results, titles = comparison.results, titles_of(comparison.recipe)
+    if not results:
+        return what_is_there(results)
+    parts = [
+        what_is_there(results),
+        "Percent, mean over seeds ± 95 % interval (t).",
+        table(results, titles),
+        layers_table(results, titles),
+        f"![Accuracy on the sums by row, difference to causal, learning curves]({picture})",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def write(page: Path, text: str) -> None:
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+def main() -> None:
+    comparison = measured(load_recipe("scenes"), FOLDER)
+    if comparison.results:
+        draw(comparison.results, titles_of(comparison.recipe), PICTURE)
+    write(PAGE, made(comparison))
+
+
+if __name__ == "__main__":
+    main()
