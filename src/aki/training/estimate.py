@@ -73,7 +73,7 @@ def estimate(recipe: Recipe, stage: StageRecipe, processes: int) -> Estimate:
     recipe.accumulation(stage, processes)
     config = _config(recipe)
     if (
-        recipe.model.from_backbones is None
+        (recipe.model.from_backbones is None or recipe.model.from_backbones.text is None)
         and recipe.model.pretrained is None
         and "vocab_size" not in recipe.model.text
     ):
