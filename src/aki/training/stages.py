@@ -40,7 +40,7 @@ from aki.training.model import build_model
 from aki.training.predictions import PREDICTIONS, WithoutMedia, majority, summary, write_predictions
 from aki.training.recipe import Recipe, RecipeError
 from aki.training.scoring import accuracy_by_skill, answers_right
-from aki.training.start import check_start, load_start, set_rule
+from aki.training.start import check_start, has_scopes, learn_scopes, load_start, set_rule
 from aki.training.trainer import AkiTrainer, Progress, replace_progress
 from aki.training.view import training_scenes
 
@@ -125,6 +125,8 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
         model, processor = load_start(job.start, quantized(recipe, job.start))
     else:
         model, processor = build_model(recipe, None if samples is None else texts(samples))
+    if has_scopes(stage.rule):
+        learn_scopes(model, processor, recipe.adapter is not None)
     collators = stage_collators(processor, stage, recipe.seed)
     asked = held_out(recipe, stage, collators[0])
     trainer = stage_trainer(job, arguments, model, collators, samples, position, asked)

@@ -20,10 +20,12 @@ class Messages(Source):
 
     Content is a text or a list of parts. An image part names its picture (`image`, `path`, `url` or `image_url`), or
     takes the next one of `images`; so does each `<image>` in a text, where a line has `images` (the form of
-    LLaMA-Factory and ms-swift). The id may be left out.
+    LLaMA-Factory and ms-swift). A video part has a list of frames or a file in `video`, an audio part a file in
+    `audio`; scopes and tables are those of `aki.attention.scopes`. The id may be left out.
     """
 
     COLUMNS: ClassVar[Columns] = {"messages": "string"}
+    VERSION: ClassVar[int] = 2
 
     def entries(self, *files: Path) -> Iterator[tuple[str, Row] | BadSample]:
         for file in files:
