@@ -1,16 +1,34 @@
 """The dry run's numbers, against counts of real models and sums by hand."""
 
+import importlib.util
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from aki4b import PRETRAIN, SFT
+from families import write_model
+from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from aki.cli import main
 from aki.models import AkiForConditionalGeneration
+from aki.training.adapting import quantization_config, with_adapter
 from aki.training.estimate import estimate
+from aki.training.memory import weight_bytes
 from aki.training.model import build_model, model_config, tiny
-from aki.training.recipe import RecipeError, load_recipe
+from aki.training.recipe import (
+    AdapterRecipe,
+    ModelRecipe,
+    QuantizationRecipe,
+    Recipe,
+    RecipeError,
+    StageRecipe,
+    load_recipe,
+)
+from aki.training.start import load_start
+
+ROOT = Path(__file__).parents[2]
 
 CONNECTOR = 6 * (2 * 2 * 1152 + 3 * 1152 * 512 + 512 * 1152 + 2 * 1152 + 2 * 4 * 1152**2)
 CONNECTOR += 144 * 1152 + 2 * 1152 + 1152 * 3072 + 3072
@@ -117,3 +135,84 @@ def test_both_orders_are_twice_the_rows(tiny_recipe):
     assert both.flops == pytest.approx(2 * once.flops)
     assert both.memory["activations"] == 2 * once.memory["activations"]
     assert both.memory["weights"] == once.memory["weights"]
+
+
+def adapted(family_folder, **fields):
+    stage = StageRecipe(task="question", rule="mma", steps=1, batch_size=2, learning_rate=1e-5, max_length=64)
+    return Recipe("mine", ModelRecipe(pretrained=str(family_folder)), sft=stage, **fields)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return write_model("llava", tmp_path_factory.mktemp("published") / "llava")
+
+
+def only_configuration(folder, to):
+    to.mkdir()
+    shutil.copy(folder / "config.json", to)
+    return to
+
+
+def a_step(model):
+    """Bytes of weights, of gradients, and of AdamW's moments after a step."""
+    loss = sum(p.float().sum() for p in model.parameters() if p.requires_grad)
+    loss.backward()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    return [sum(one.nbytes for one in some) for some in (model.parameters(), [p.grad for p in learned], moments)]
+
+
+@pytest.mark.parametrize(
+    "adapter", [None, AdapterRecipe(r=2), AdapterRecipe(kind="dora", r=2, modules_to_save=("connector",))]
+)
+def test_bytes_are_those_of_a_real_step(llava, adapter, tmp_path):
+    """From its configuration alone, against the tensors of the model that is trained."""
+    recipe = adapted(only_configuration(llava, tmp_path / "alone"), adapter=adapter)
+    found = estimate(recipe, recipe.sft, 1)
+    model, _ = load_start(llava)
+    model = model if adapter is None else with_adapter(model, adapter, str(llava))
+    assert [found.memory[name] for name in ("weights", "gradients", "AdamW")] == a_step(model)
+    assert sum(part.trained for part in found.parts.values()) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_of_quantised_weights(llava, bits):
+    pytest.importorskip("bitsandbytes")
+    recipe = adapted(llava, adapter=AdapterRecipe(r=2), quantization=QuantizationRecipe(bits))
+    model, _ = load_start(llava, quantization_config(recipe.quantization, str(llava), False))
+    if bits == 8:
+        layers = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+        scales = sum(4 * layer.out_features for layer in layers)
+    else:
+        layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+        scales = sum(layer.weight.quant_state.absmax.nbytes for layer in layers)
+        scales += sum(layer.weight.quant_state.state2.absmax.nbytes for layer in layers)
+    assert layers
+    held = sum(parameter.nbytes for parameter in model.parameters()) + scales
+    with torch.device("meta"):
+        whole = AutoModelForMultimodalLM.from_config(AutoConfig.from_pretrained(llava))
+    assert weight_bytes(whole, bits) == pytest.approx(held, rel=2e-3)
+
+
+def test_checkpointing_keeps_a_layer_and_the_inputs_of_all(llava):
+    plain = adapted(llava)
+    again = replace(plain, trainer={"gradient_checkpointing": True, "optim": "adamw_8bit"})
+    before, after = (estimate(one, one.sft, 1) for one in (plain, again))
+    assert before.memory["activations"] == 17 * 4 * 2 * 64 * 64 * 2
+    assert after.memory["activations"] == (17 + 2) * 4 * 2 * 64 * 64
+    assert after.memory["AdamW"] == before.memory["AdamW"] / 4
+    assert after.parts["language_model"].passes == before.parts["language_model"].passes + 1
+
+
+def test_the_table_of_what_fits_is_made_by_its_commands():
+    """Of one model; the others take minutes on a busy machine."""
+    spec = importlib.util.spec_from_file_location("fits_table", ROOT / "docs/fits_table.py")
+    fits = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fits)
+    page = (ROOT / "docs/training.md").read_text()
+    for way in fits.WAYS:
+        assert fits.line("aki-4b", way) in page

@@ -14,9 +14,11 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from aki.apps.loading import load
-from aki.attention import LeakError
+from aki.attention import CannotUnlock, LeakError, unlock
 from aki.cli import main
 from aki.data.collate import ChatCollator
+from aki.data.feed import Feed, Loader
+from aki.data.pack import rope_index_of
 from aki.data.packing import PackedCollator
 from aki.data.schema import Sample, assistant, user
 from aki.models.other import load_any, parameters_of
@@ -121,6 +123,68 @@ def chats(data):
     ]
 
 
+PACKED = ("llava", "idefics3", "paddleocr_vl")
+
+
+class Fixed:
+    """The same few samples in each chunk."""
+
+    place = None
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def take(self, chunk, of, size, use, report):
+        return [use(sample) for sample in self.samples]
+
+
+def loss_and_gradients(model, batch, learned):
+    """Summed over labels, divided by their number in all."""
+    model.zero_grad()
+    loss = model(**batch, num_items_in_batch=torch.tensor(learned)).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_rows_learn_what_samples_do_alone(family, published, data):
+    """paddleocr_vl has multimodal rotary positions."""
+    model, processor = load_start(published(family))
+    unlock(model, processor, "mma")
+    collator = ChatCollator(processor, 400)
+    feed = Feed(Fixed(chats(data)), [collator], 1, 800, rope_index=rope_index_of(model))
+    packed = next(iter(Loader(feed, 0)))
+    assert packed["position_ids"].ndim == (3 if family == "paddleocr_vl" else 2)
+    assert len(packed["input_ids"]) < len(chats(data))
+    alone = [collator.encode(one)[0] for one in chats(data)]
+    learned = sum(int((one["labels"][:, 1:] != -100).sum()) for one in alone)
+    together = loss_and_gradients(model, packed, learned)
+    apart = [loss_and_gradients(model, one, learned) for one in alone]
+    torch.testing.assert_close(together[0], sum(loss for loss, _ in apart), atol=1e-5, rtol=1e-5)
+    for name, gradient in together[1].items():
+        summed = sum(found[name] for _, found in apart if name in found)
+        torch.testing.assert_close(gradient, summed, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_run_resumes(family, published, recipe, tmp_path, monkeypatch):
+    recipe = of(recipe, published, family, packing=True, row_tokens=600, batch_size=2)
+    whole = run(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "cut")
+    resumed = run(recipe, tmp_path / "cut", resume=True)
+    assert resumed["losses"] == whole["losses"]
+    one, two = (load_any(tmp_path / name)[0] for name in ("whole", "cut"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_a_family_that_cannot_be_packed_says_so(published, recipe, tmp_path):
+    with pytest.raises(CannotUnlock, match="masks of its own"):
+        run(of(recipe, published, "gemma3", packing=True), tmp_path / "run")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 class TestEveryFamily:
     def test_rows_of_their_own_make_the_batch_of_their_processor(self, family, published, data):
@@ -212,7 +276,7 @@ def test_bad_samples_are_counted(published, recipe, data, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "said"),
-    [({"order": "text_first"}, "order: text_first is for AKI"), ({"packing": True}, "packing is for AKI")],
+    [({"order": "text_first"}, "order: text_first is for AKI"), ({"seen": 0.5, "task": "caption"}, "seen is for AKI")],
 )
 def test_what_only_aki_does_is_refused(published, recipe, tmp_path, stage, said):
     with pytest.raises(RecipeError, match=said):

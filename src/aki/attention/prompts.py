@@ -190,6 +190,18 @@ class PromptBlockWriter:
         ids = [getattr(self.wrapped, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
         return [token_id for token_id in ids if token_id is not None]
 
+    @property
+    def media_kinds(self) -> tuple[str, ...]:
+        """The types of media parts that the processor's chats may have."""
+        prepares = {
+            "image": ("image_processor",),
+            "video": ("video_processor",),
+            "audio": ("feature_extractor", "audio_processor"),
+        }
+        return tuple(
+            kind for kind, parts in prepares.items() if any(getattr(self.wrapped, part, None) for part in parts)
+        )
+
     def __getattr__(self, name: str) -> Any:
         # Unpickling, as in a data loader's workers, asks before there is anything to ask.
         if name == "wrapped":

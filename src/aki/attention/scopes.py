@@ -56,6 +56,11 @@ def scope_token_ids(processor: Any) -> list[int] | None:
     return [known[SCOPE_TOKEN], known[END_SCOPE_TOKEN]]
 
 
+def add_scope_tokens(tokenizer: Any) -> int:
+    """Let a tokenizer know the tokens that open and close a scope; returns how many are new."""
+    return tokenizer.add_tokens([SCOPE_TOKEN, END_SCOPE_TOKEN], special_tokens=True)
+
+
 def check_scopes(chats: list[list[dict[str, Any]]], processor: Any) -> None:
     """
     Args:

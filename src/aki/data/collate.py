@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from aki.attention.prompts import PromptBlockWriter
+from aki.attention.scopes import SCOPE_PARTS, scope_token_ids
 from aki.data.fast import FastInputs, fast_inputs
 from aki.data.plain import as_sample
 from aki.data.report import BadSample, Reason
 from aki.data.schema import Sample
 from aki.data.split import split_captions
 from aki.layout import IGNORE_INDEX
-from aki.models.clips import ClipError
+from aki.models.clips import ClipError, open_audio
 from aki.models.images import ImageError, open_image
 from aki.models.processing import AkiProcessor, labels_from_prompt_blocks
 
@@ -87,7 +88,10 @@ class ChatCollator:
         Raises:
             BadSample: a picture that is missing, broken or of an absurd size, or a special token written in a text.
         """
-        messages = [{**message, "content": list(map(self._part, message["content"]))} for message in sample.messages]
+        messages = [
+            {**message, "content": [self._part(part) for part in message["content"] if self._says(part)]}
+            for message in sample.messages
+        ]
         return replace(sample, messages=messages)
 
     def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -101,6 +105,10 @@ class ChatCollator:
         whole = [one if isinstance(one, Sample) else self.opened(as_sample(one)) for one in samples]
         return self._encode(whole, self._inputs)[0]
 
+    def _says(self, part: dict[str, Any]) -> bool:
+        """Scopes say nothing to a model without their tokens, which is none that a rule with scopes trains."""
+        return part not in SCOPE_PARTS or scope_token_ids(self.processor) is not None
+
     def _part(self, part: dict[str, Any]) -> dict[str, Any]:
         """A part of a message with its picture opened.
 
@@ -109,6 +117,13 @@ class ChatCollator:
         """
         if part["type"] == "image":
             return {"type": "image", "image": _picture(part["image"])}
+        if part["type"] != "text" and part["type"] not in self.processor.media_kinds:
+            taken = ", ".join(self.processor.media_kinds)
+            raise BadSample(f"{part['type']} not taken", f"the model's processor takes {taken} alone.")
+        if part["type"] == "audio":
+            return {"type": "audio", "audio": open_audio(part["audio"], self.processor.feature_extractor.sampling_rate)}
+        if part in SCOPE_PARTS:
+            return part
         found = self.special.search(part.get("text", ""))
         if found:
             raise BadSample("special token in a text", f"{found[0]!r} would be read as the chat's own.")

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from aki.data.collate import ChatCollator
 from aki.data.mixture import ATTEMPTS, GaveUp
-from aki.data.packing import PackedCollator, Row, items_of, pack, split_rows
+from aki.data.pack import RopeIndex, position_axes
+from aki.data.packing import AXES, PackedCollator, Row, items_of, pack, split_rows, with_axes
 from aki.data.report import DataReport, TooManyBadSamples
 from aki.data.schema import Sample
 
@@ -82,6 +83,7 @@ class Feed(IterableDataset):
         batch_size: rows a batch.
         row_tokens: pack rows of so many tokens; None: a row is a sample.
         rank, ranks: which process this is.
+        rope_index: of a family with multimodal rotary positions, whose packed documents get their own.
     """
 
     samples: Samples
@@ -91,6 +93,7 @@ class Feed(IterableDataset):
     rank: int = 0
     ranks: int = 1
     first_chunk: int = 0
+    rope_index: RopeIndex | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
         worker = get_worker_info()
@@ -107,7 +110,7 @@ class Feed(IterableDataset):
             opened = sample if len(self.collators) == 1 else self.collators[0].opened(sample)
             encoded = [collator.encode(opened) for collator in self.collators]
             report.used(sample.source, any(shortened for _, shortened in encoded))
-            return [row for row, _ in encoded]
+            return [self._placed(row) for row, _ in encoded]
 
         try:
             taken = self.samples.take(number, (self.rank, self.ranks), size, use, report)
@@ -118,6 +121,12 @@ class Feed(IterableDataset):
         else:
             rows = [row for in_order in zip(*taken, strict=True) for row in in_order]
         return Chunk(self.batch(rows), len(rows), items_of(rows), report, self.samples.place)
+
+    def _placed(self, row: Row) -> Row:
+        """A sample with its positions, where they are more than its tokens' numbers."""
+        if self.row_tokens is None or self.rope_index is None:
+            return row
+        return row | {AXES: position_axes(self.rope_index, row).transpose(0, 1)}
 
     def batch(self, rows: list[Row]) -> Row:
         return PackedCollator(self.collators[0].processor.tokenizer.pad_token_id)(rows)
@@ -172,7 +181,7 @@ class Loader:
                     places = places | {str(number % max(self.workers, 1)): chunk.place}
                 if len(waiting) == (1 if self.feed.row_tokens is None else self.feed.batch_size):
                     self._at = Position(number + 1, 0, places) if last else Position(number, row + 1, places)
-                    yield self.feed.batch(waiting) if self.feed.row_tokens is not None else waiting[0]
+                    yield with_axes(self.feed.batch(waiting)) if self.feed.row_tokens is not None else waiting[0]
                     waiting = []
 
     def _chunks(self) -> Iterator[Chunk]:

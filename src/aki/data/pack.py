@@ -16,6 +16,7 @@ from aki.layout import IGNORE_INDEX
 from aki.models.other import base_of
 
 Inputs = dict[str, Tensor]
+RopeIndex = Callable[..., tuple[Tensor, Tensor]]
 
 _FILL = {"labels": IGNORE_INDEX, "prompt_block_ids": -1}
 """What stands in the rest of a row; zero for every other input."""
@@ -36,6 +37,15 @@ def pack(collator: Callable[[Any], Mapping[str, Tensor]], model: nn.Module, row_
     Raises:
         CannotUnlock: this family cannot be packed, and why.
     """
+    return Packed(collator, rope_index_of(model), row_tokens)
+
+
+def rope_index_of(model: nn.Module) -> RopeIndex | None:
+    """The model's own function from input_ids and what they show to multimodal rotary positions, if it has any.
+
+    Raises:
+        CannotUnlock: this family cannot be packed, and why.
+    """
     whole = base_of(model)
     kind = type(whole).__name__
     if "create_masks_for_generate" in vars(type(whole)):
@@ -43,8 +53,18 @@ def pack(collator: Callable[[Any], Mapping[str, Tensor]], model: nn.Module, row_
             f"{kind} makes masks of its own from what is media, and does not keep packed documents apart in them: "
             "train it on padded rows."
         )
-    rope = next((part.get_rope_index for part in whole.modules() if hasattr(part, "get_rope_index")), None)
-    return Packed(collator, rope, row_tokens)
+    return next((part.get_rope_index for part in whole.modules() if hasattr(part, "get_rope_index")), None)
+
+
+def position_axes(rope_index: RopeIndex, inputs: Inputs) -> Tensor:
+    """Multimodal rotary positions of one document without padding, (3, 1, tokens)."""
+    ids = inputs["input_ids"]
+    known = inspect.signature(rope_index).parameters
+    asked = {name: value for name, value in inputs.items() if name in known and name != "position_ids"}
+    asked |= {"attention_mask": torch.ones_like(ids)} if "attention_mask" in known else {}
+    if "audio_seqlens" in known and "feature_attention_mask" in inputs:
+        asked["audio_seqlens"] = inputs["feature_attention_mask"].sum(-1)  # as Qwen-Omni's forward
+    return rope_index(**asked)[0].to(ids)
 
 
 @dataclass
@@ -56,7 +76,7 @@ class Packed:
     """
 
     collator: Callable[[Any], Mapping[str, Tensor]]
-    rope_index: Callable[..., tuple[Tensor, Tensor]] | None
+    rope_index: RopeIndex | None
     row_tokens: int
 
     def __call__(self, samples: Sequence[Any]) -> Inputs:
@@ -92,13 +112,8 @@ class Packed:
             inputs["labels"][:, 0] = IGNORE_INDEX
         inputs["position_ids"] = torch.arange(ids.shape[1])[None]
         if self.rope_index is not None:
-            known = inspect.signature(self.rope_index).parameters
-            asked = {name: value for name, value in inputs.items() if name in known and name != "position_ids"}
-            asked |= {"attention_mask": torch.ones_like(ids)} if "attention_mask" in known else {}
-            if "audio_seqlens" in known and "feature_attention_mask" in inputs:
-                asked["audio_seqlens"] = inputs["feature_attention_mask"].sum(-1)  # as Qwen-Omni's forward
-            axes, _ = self.rope_index(**asked)
-            inputs["position_ids"] = torch.cat([inputs["position_ids"][None], axes.to(ids)])
+            axes = position_axes(self.rope_index, inputs)
+            inputs["position_ids"] = torch.cat([inputs["position_ids"][None], axes])
         return inputs
 
 

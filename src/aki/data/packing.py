@@ -23,7 +23,9 @@ Row = dict[str, Tensor]
 TOKEN_INPUTS = ("input_ids", "prompt_block_ids", "labels")
 _TYPES = ("token_type_ids", "mm_token_type_ids")
 """What some families want to be told of each token; 0 is text."""
-_BY_TOKEN = (*TOKEN_INPUTS, "attention_mask", "position_ids", *_TYPES)
+AXES = "position_axes"
+"""Multimodal rotary positions of each token as a row has them, (1, 3, tokens); a batch has them in its position_ids."""
+_BY_TOKEN = (*TOKEN_INPUTS, "attention_mask", "position_ids", AXES, *_TYPES)
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -54,7 +56,10 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
 
 def join(samples: Sequence[Row]) -> Row:
     """One row out of samples; the first token of each is no label, because nothing of its own document predicts it."""
-    tokens = {name: torch.cat([s[name] for s in samples], 1) for name in TOKEN_INPUTS}
+    types = {name for name in _TYPES if any(name in sample for sample in samples)}
+    samples = [dict.fromkeys(types, torch.zeros_like(sample["input_ids"])) | sample for sample in samples]
+    names = [*TOKEN_INPUTS, *sorted(types), *([AXES] if AXES in samples[0] else [])]
+    tokens = {name: torch.cat([sample[name] for sample in samples], -1) for name in names}
     lengths = [sample["input_ids"].shape[1] for sample in samples]
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     tokens["labels"][:, starts] = IGNORE_INDEX
@@ -77,6 +82,17 @@ def _stack(items: Sequence[Tensor]) -> Tensor:
         missing = [full - own for own, full in zip(one.shape[:0:-1], size[::-1], strict=True)]
         filled.append(nn.functional.pad(one, [n for behind in missing for n in (0, behind)]))
     return torch.cat(filled)
+
+
+def with_axes(batch: Row) -> Row:
+    """A batch as models with multimodal rotary positions take it: position_ids (4, rows, tokens), the first the text's.
+
+    One without `AXES` stays as it is.
+    """
+    if AXES not in batch:
+        return batch
+    positions = torch.cat([batch["position_ids"][None], batch[AXES].transpose(0, 1)])
+    return {name: values for name, values in batch.items() if name != AXES} | {"position_ids": positions}
 
 
 def items_of(rows: Sequence[Row]) -> dict[str, list[int]]:
@@ -112,7 +128,7 @@ class PackedCollator:
 
     def _pad(self, row: Row, missing: int) -> Row:
         fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "prompt_block_ids": -1, "labels": IGNORE_INDEX}
-        fill |= dict.fromkeys(_TYPES, 0)
+        fill |= dict.fromkeys((*_TYPES, AXES), 0)
         padded = {
             name: nn.functional.pad(row[name], (0, missing), value=value) for name, value in fill.items() if name in row
         }

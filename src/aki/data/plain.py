@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+from aki.attention.scopes import write_scopes
 from aki.data.report import BadSample, Reason
 from aki.data.schema import Sample
 
@@ -46,19 +47,20 @@ def as_sample(chat: Sample | Mapping[str, Any]) -> Sample:
 def check_texts(messages: list[dict[str, Any]]) -> None:
     """
     Raises:
-        BadSample: an answer without text, a question without text or image, or no answer at the end.
+        BadSample: an answer without text, a question without text or media, or no answer at the end.
     """
     if not messages or messages[-1].get("role") != "assistant":
         raise BadSample(Reason.EMPTY_TEXT, "the chat does not end with an answer.")
     for message in messages:
         text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
-        pictured = message["role"] == "user" and any(part["type"] == "image" for part in message["content"])
-        if not text.strip() and not pictured:
+        shows = message["role"] == "user" and any(part["type"] != "text" for part in message["content"])
+        if not text.strip() and not shows:
             raise BadSample(Reason.EMPTY_TEXT, f"a message of the role {message['role']} has no text.")
 
 
 def plain_messages(messages: list[Message], images: list[Any]) -> list[Message]:
-    """Messages whose content is parts, `{"type": "text", "text": ...}` or `{"type": "image", "image": ...}`.
+    """Messages whose content is parts: `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`, and alike
+    video and audio. Scopes and tables are written out (`aki.attention.scopes`).
 
     Args:
         images: for image parts that name none, in order.
@@ -74,7 +76,7 @@ def plain_messages(messages: list[Message], images: list[Any]) -> list[Message]:
             raise ValueError(f"the role {message['role']!r} is none of {', '.join(ROLES)}")
         content = message["content"]
         parts = _marked(content, bool(images)) if isinstance(content, str) else content
-        plain.append({"role": message["role"], "content": [_plain_part(part, waiting) for part in parts]})
+        plain.append({"role": message["role"], "content": [_plain_part(part, waiting) for part in write_scopes(parts)]})
     if waiting:
         raise ValueError(f"{len(waiting)} of {len(images)} images have no image part")
     return plain
@@ -96,8 +98,15 @@ def _plain_part(part: Message, waiting: list[Any]) -> Message:
         if not isinstance(part["text"], str):
             raise TypeError(f"the text of a part is {part['text']!r}")
         return {"type": "text", "text": part["text"]}
+    if part["type"] in ("video", "audio"):
+        kind = part["type"]
+        found = next((part[key] for key in (kind, "path") if _given(part.get(key))), None)
+        if found is None:
+            raise ValueError(f"the {kind} part names no {kind}: give it `{kind}` or `path`")
+        return {"type": kind, kind: found}
     if part["type"] not in ("image", "image_url"):
-        raise ValueError(f"a part of the type {part['type']!r} is neither text nor image")
+        kinds = "text, image, video, audio, scope or table"
+        raise ValueError(f"a part of the type {part['type']!r} is none of {kinds}")
     named = next((part[key] for key in ("image", "path", "url", "image_url") if _given(part.get(key))), None)
     return {"type": "image", "image": _image(waiting.pop(0) if named is None else named)}
 

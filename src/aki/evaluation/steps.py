@@ -24,7 +24,7 @@ from aki.training.data import open_samples, stage_collators, texts
 from aki.training.model import build_processor, model_config
 from aki.training.recipe import Recipe, beyond_defaults
 from aki.training.stages import Job, quantized, stage_arguments, stage_trainer
-from aki.training.start import load_start, set_rule
+from aki.training.start import has_scopes, learn_scopes, load_start, set_rule
 from aki.training.trainer import AkiTrainer
 
 FILE = "steps.json"
@@ -98,6 +98,8 @@ def row_steps(recipe: Recipe, rows: Sequence[str], folder: Path) -> dict[str, St
             shared[key] = (*_untrained(own, samples), None)
         model, processor, optimizer = shared[key]
         job = Job(own, "sft", folder / row, memory=memory)
+        if has_scopes(stage.rule):
+            learn_scopes(model, processor, recipe.adapter is not None)
         collators = stage_collators(processor, stage, recipe.seed)
         set_seed(own.seed)
         trainer = stage_trainer(job, stage_arguments(job), model, collators, samples, Position(), None)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def join_backbones(
     model_class: type[AkiForConditionalGeneration],
-    language_model: str,
-    encoders: dict[str, str],
+    language_model: str | PreTrainedConfig,
+    encoders: dict[str, str | PreTrainedConfig],
     vocab_size: int | None,
     dtype: torch.dtype | None,
     **config,
@@ -28,7 +28,7 @@ def join_backbones(
     """See `AkiForConditionalGeneration.from_backbones`.
 
     Args:
-        encoders: kind (vision, video, audio) -> hub id or folder.
+        encoders: kind (vision, video, audio) -> hub id or folder, or the configuration of a new one.
     """
     joined = AkiConfig(
         **{f"{kind}_config": _config(name) for kind, name in encoders.items()},
@@ -57,11 +57,15 @@ def join_backbones(
     return model.to(dtype or decoder.dtype)
 
 
-def _config(name: str) -> PreTrainedConfig:
+def _config(name: str | PreTrainedConfig) -> PreTrainedConfig:
+    if isinstance(name, PreTrainedConfig):
+        return name
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def _load(auto_class: Any, name: str, config: PreTrainedConfig) -> PreTrainedModel:
+def _load(auto_class: Any, name: str | PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedModel:
+    if isinstance(name, PreTrainedConfig):
+        return auto_class.from_config(config)
     model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, trust_remote_code=False)
     check_complete(name, info["missing_keys"])
     check_finite(name, dict(model.named_parameters()))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from aki.models.checkpoint_files import has_weights
@@ -45,7 +45,7 @@ def check_family_before(name: Any, config: PreTrainedConfig) -> None:
     folder = Path(str(name))
     if _is_whole(folder) and getattr(config, "quantization_config", None) is None:
         with torch.device("meta"):
-            check_total(folder, AutoModelForImageTextToText.from_config(config))
+            check_total(folder, AutoModelForMultimodalLM.from_config(config))
 
 
 def _is_whole(folder: Path) -> bool:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from aki.attention import get_rule
@@ -270,8 +270,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
     @classmethod
     def from_backbones(
         cls,
-        vision_encoder: str,
-        language_model: str,
+        vision_encoder: str | PreTrainedConfig,
+        language_model: str | PreTrainedConfig,
         *,
         image_token_id: int,
         vocab_size: int | None = None,
@@ -285,8 +285,8 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGener
         All of it takes one dtype, by default that of the language model's checkpoint.
 
         Args:
-            vision_encoder: hub id or folder of the encoder.
-            language_model: hub id or folder of the language model.
+            vision_encoder: hub id or folder of the encoder, or the configuration of a new one.
+            language_model: hub id or folder of the language model, or the configuration of a new one.
             image_token_id: id of the placeholder, `len(tokenizer) - 1` after adding it as the last token.
             vocab_size: `len(tokenizer)` after adding tokens; the embeddings grow to it.
             video_encoder: hub id or folder of an encoder of frames; goes with `video_token_id`.

@@ -127,6 +127,11 @@ class AkiProcessor(SavedProcessor):
         return [token_id for token_id in ids if token_id is not None]
 
     @property
+    def media_kinds(self) -> tuple[str, ...]:
+        """The types of media parts that its chats may have."""
+        return tuple(self._openers)
+
+    @property
     def _openers(self) -> Openers:
         openers: Openers = {"image": open_image}
         if self.video_seq_length is not None:

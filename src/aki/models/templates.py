@@ -22,7 +22,7 @@ _ANSWERS_FIRST = (
     " + (messages | rejectattr('role', 'equalto', 'assistant') | list)"
 )
 
-_CONTENT = (
+CONTENT = (
     "{%- set media = ('image', 'video', 'audio') -%}"
     "{%- macro content(message) -%}"
     "{%- if message.content is string -%}{{ message.content }}"
@@ -34,7 +34,7 @@ _CONTENT = (
 )
 
 SHORT = (
-    "{%- set separator = '' -%}" + _CONTENT + "{%- for message in messages -%}"
+    "{%- set separator = '' -%}" + CONTENT + "{%- for message in messages -%}"
     "{%- if message.role == 'assistant' -%}"
     + ANSWER_TOKEN
     + "{% generation %}{{ content(message) }}{{ eos_token }}{% endgeneration %}"
@@ -47,7 +47,7 @@ SHORT = (
 
 AKI = (
     "{%- set separator = '\n' -%}"
-    + _CONTENT
+    + CONTENT
     + "{%- macro turn(role, text) -%}{{ role + '\n' + text + '"
     + END_TOKEN
     + "\n' }}{%- endmacro -%}"
@@ -70,7 +70,7 @@ turns follow it, and images stand on lines of their own. `messages[-1].begun` ma
 """
 
 CAPTION = (
-    "{%- set separator = '' -%}" + _CONTENT + "{{- bos_token if bos_token else '' -}}"
+    "{%- set separator = '' -%}" + CONTENT + "{{- bos_token if bos_token else '' -}}"
     "{%- for message in messages -%}"
     "{%- if message.role == 'assistant' -%}{% generation %}{{ content(message) | trim }}"
     + END_OF_CHUNK_TOKEN
@@ -98,7 +98,7 @@ def text_first(template: str) -> str:
     """
     template = _own(template).replace(_PARTS, _TEXT_FIRST_PARTS)
     # A caption is the whole of what is said, and has no question that must come before it.
-    return template if ANSWER_TOKEN in template else template.replace(_MESSAGES, _ANSWERS_FIRST)
+    return template if END_OF_CHUNK_TOKEN not in template else template.replace(_MESSAGES, _ANSWERS_FIRST)
 
 
 def _own(template: str) -> str:

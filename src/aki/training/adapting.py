@@ -20,11 +20,11 @@ from aki.models.other import (
 from aki.training.recipe import KINDS_OF_ADAPTERS, AdapterRecipe, QuantizationRecipe, RecipeError
 
 
-def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str) -> Any:
+def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> Any:
     """The model in PEFT's wrapper, in which the adapter and `modules_to_save` alone are trained.
 
     Args:
-        belongs_to: folder or hub id of the model, which the adapter's folder names.
+        belongs_to: folder or hub id of the model, which the adapter's folder names; None for counting.
 
     Raises:
         RecipeError: PEFT is not there, or does not take these fields.

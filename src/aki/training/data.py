@@ -14,6 +14,7 @@ from aki.data.collate import ChatCollator
 from aki.data.feed import Feed, Loader, Position
 from aki.data.mixture import Mixture, Samples, mixture_weights
 from aki.data.orders import ORDERS, template_in_order
+from aki.data.pack import RopeIndex
 from aki.data.report import DataReport
 from aki.data.shards import ShardMixture, open_shards
 from aki.data.sources import open_source
@@ -126,7 +127,6 @@ def _check_other(stage: StageRecipe) -> None:
     """
     asked = {
         f"order: {stage.order}": stage.order != "image_first",
-        "packing": stage.packing,
         "seen": stage.seen > 0,
     }
     for name, there in asked.items():
@@ -145,10 +145,16 @@ def stage_loader(
     ranks: int,
     position: Position,
     pin_memory: bool = False,
+    rope_index: RopeIndex | None = None,
 ) -> Loader:
-    """The batches of one process."""
+    """The batches of one process.
+
+    Args:
+        rope_index: as of a `Feed`.
+    """
     collators = [replace(collator, raw_pixels=collator.fast is not None) for collator in collators]
-    feed = Feed(samples, collators, stage.batch_size, stage.row_tokens if stage.packing else None, rank, ranks)
+    row_tokens = stage.row_tokens if stage.packing else None
+    feed = Feed(samples, collators, stage.batch_size, row_tokens, rank, ranks, rope_index=rope_index)
     return Loader(feed, recipe.workers, position, stage.max_bad_share, pin_memory)
 
 

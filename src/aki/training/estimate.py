@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from aki.data.tokenizer import VOCAB_SIZE
-from aki.models import AkiConfig, AkiForConditionalGeneration
-from aki.models.other import kind_of
+from aki.models import AkiForConditionalGeneration
+from aki.models.other import base_of, is_aki, model_on_meta, parameters_of
+from aki.training.adapting import with_adapter
+from aki.training.memory import MEMORY_FORMULA, checkpoints, memory_of
 from aki.training.model import model_config
 from aki.training.recipe import PARTS, Recipe, RecipeError, StageRecipe
 
 FLOPS_FORMULA = (
     "2 x parameters x tokens + 4 x layers x width x tokens^2 for attention (unmasked) forward; the connector's without "
-    "attention, over features and latents; times 3 where it is trained, 2 where only a gradient passes, else 1"
-)
-MEMORY_FORMULA = (
-    "4 bytes a parameter and 4 + 8 where it is trained (gradient, AdamW), over the processes under FSDP, which gathers "
-    "in compute precision its largest layer and what is in no layer; activations of 34 bytes x batch x tokens x width "
-    "x layers in 16 bits, twice that in 32 (Korthikanti et al., 2022, without attention scores); 10 bytes a text "
-    "token's logit; without fragmentation and CUDA's own"
+    "attention, over features and latents (of other families every part over all tokens); "
+    "times 3 where it is trained, 2 where only a gradient passes or an adapter is trained, else 1; once more with "
+    "gradient checkpointing"
 )
 
 
@@ -71,41 +69,41 @@ def estimate(recipe: Recipe, stage: StageRecipe, processes: int) -> Estimate:
         RecipeError: an unknown field or kind of model, processes that cannot share a step, or no room for a picture.
     """
     recipe.accumulation(stage, processes)
-    config = _config(recipe)
-    if (
-        recipe.model.from_backbones is None
-        and recipe.model.pretrained is None
-        and "vocab_size" not in recipe.model.text
-    ):
-        config.text_config.vocab_size = VOCAB_SIZE  # a tokenizer is trained, to no more than that
-    with torch.device("meta"):
-        model = AkiForConditionalGeneration(config)
-    tokens = min(stage.max_length, config.text_config.max_position_embeddings)
-    if tokens <= config.image_seq_length:
-        raise RecipeError(
-            f"max_length {tokens} leaves no room for text beside a picture's {config.image_seq_length}: raise it."
-        )
+    model = _model(recipe)
+    text = model.config.get_text_config()
+    tokens = min(stage.max_length, text.max_position_embeddings)
+    image_tokens = model.config.image_seq_length if is_aki(model) else 0
+    if tokens <= image_tokens:
+        raise RecipeError(f"max_length {tokens} leaves no room for text beside a picture's {image_tokens}: raise it.")
+    if recipe.adapter is not None:
+        model = with_adapter(model, recipe.adapter, None)
+    parts = parameters_of(model)
+    for parameter in (parameter for part in stage.frozen for parameter in parts[part]):
+        parameter.requires_grad_(False)
     samples_a_row = max(stage.row_tokens // tokens, 1) if stage.packing else 1
-    parts = _parts(model, config, stage, tokens)
+    length = stage.row_tokens if stage.packing else tokens
     return Estimate(
-        parts,
+        _parts(model, recipe, stage, tokens),
         tokens,
-        config.image_seq_length,
+        image_tokens,
         stage.number_of_steps,
         samples_a_row * stage.batch_size * stage.gradient_accumulation_steps * recipe.devices,
         processes,
-        _memory(model, config, recipe, stage, tokens, processes),
+        memory_of(model, recipe, stage, length, length - image_tokens, processes),
     )
 
 
-def _config(recipe: Recipe) -> AkiConfig:
+def _model(recipe: Recipe) -> Any:
+    """The modules of the recipe's model, without weights; of a trained one its configuration is enough."""
     name = recipe.model.pretrained
-    if name is None:
-        return model_config(recipe.model)
-    kind = kind_of(name)
-    if kind != AkiConfig.model_type:
-        raise RecipeError(f"--dry-run counts AKI's parts; {name} is a {kind} model, which is not counted yet.")
-    return AkiConfig.from_pretrained(name)
+    if name is not None:
+        return model_on_meta(name)
+    config = model_config(recipe.model)
+    new_tokenizer = recipe.model.from_backbones is None or recipe.model.from_backbones.text is None
+    if new_tokenizer and "vocab_size" not in recipe.model.text:
+        config.text_config.vocab_size = VOCAB_SIZE  # a tokenizer is trained, to no more than that
+    with torch.device("meta"):
+        return AkiForConditionalGeneration(config)
 
 
 def describe(name: str, stage: StageRecipe, found: Estimate) -> str:
@@ -122,12 +120,13 @@ def describe(name: str, stage: StageRecipe, found: Estimate) -> str:
         "  " + row[0].ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
         for row in rows
     ]
+    pictured = f"{found.image_tokens} of them a picture's" if found.image_tokens else "pictures included"
     memory = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in found.memory.items())
     return "\n".join(
         [
             f"{name}: rule {stage.rule}",
             *table,
-            f"  tokens a sample: at most {found.tokens}, {found.image_tokens} of them a picture's",
+            f"  tokens a sample: at most {found.tokens}, {pictured}",
             f"  steps: {found.steps:,} of {found.samples_a_step} samples on {found.processes} process(es), "
             f"{found.steps * found.samples_a_step:,} samples in all",
             f"  FLOPs: {found.flops:.3g}, all samples at full length",
@@ -138,56 +137,33 @@ def describe(name: str, stage: StageRecipe, found: Estimate) -> str:
     )
 
 
-def _parts(model: AkiForConditionalGeneration, config: AkiConfig, stage: StageRecipe, tokens: int) -> dict[str, Part]:
-    vision, text = config.vision_config, config.text_config
-    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
-    embedded = 0 if text.tie_word_embeddings else _count(model, embeddings)
-    sizes = {part: _count(model.parts[part]) for part in PARTS}
-    forward = {
-        "vision_encoder": _forward(sizes["vision_encoder"], vision, config.num_patches),
-        "connector": 2.0 * sizes["connector"] * (config.num_patches + config.image_seq_length),
-        "language_model": _forward(sizes["language_model"] - embedded, text, tokens),
-    }
-    forward = {part: stage.copies * flops for part, flops in forward.items()}
+def _parts(model: Any, recipe: Recipe, stage: StageRecipe, tokens: int) -> dict[str, Part]:
+    parameters = parameters_of(model)
+    sizes = {part: sum(parameter.numel() for parameter in found) for part, found in parameters.items()}
+    learned = {part: sum(p.numel() for p in found if p.requires_grad) for part, found in parameters.items()}
+    forward = _forward_flops(base_of(model), sizes, tokens)
     parts, gradient_passes = {}, False
     for part in PARTS:
-        trained = part not in stage.frozen
-        passes = 3 if trained else 2 if gradient_passes else 1
-        gradient_passes |= trained
-        parts[part] = Part(sizes[part], sizes[part] if trained else 0, forward[part], passes)
+        trained = 2 * learned[part] >= sizes[part] > 0
+        passes = 3 if trained else 2 if learned[part] or gradient_passes else 1
+        passes += checkpoints(recipe) and passes > 1
+        gradient_passes |= learned[part] > 0
+        parts[part] = Part(sizes[part], learned[part], stage.copies * forward[part], passes)
     return parts
 
 
-def _forward(parameters: int, config, tokens: int) -> float:
-    return 2.0 * parameters * tokens + 4.0 * config.num_hidden_layers * config.hidden_size * tokens**2
-
-
-def _memory(
-    model: AkiForConditionalGeneration,
-    config: AkiConfig,
-    recipe: Recipe,
-    stage: StageRecipe,
-    tokens: int,
-    processes: int,
-) -> dict[str, float]:
-    text = config.text_config
-    shards = processes if recipe.fsdp is not None else 1
-    everything = _count(model)
-    trained = sum(_count(model.parts[part]) for part in PARTS if part not in stage.frozen)
-    element = 2 if recipe.bf16 else 4
-    rows = stage.batch_size * stage.copies
-    length = stage.row_tokens if stage.packing else tokens
-    wrapped = (recipe.fsdp or {}).get("transformer_layer_cls_to_wrap", ())
-    layers = [_count(module) for module in model.modules() if type(module).__name__ in wrapped]
-    return {
-        "weights": 4 * everything / shards,
-        "gradients": 4 * trained / shards,
-        "AdamW": 8 * trained / shards,
-        "gathered": element * (everything - sum(layers) + max(layers, default=0)) if shards > 1 else 0,
-        "activations": 17.0 * element * rows * length * text.hidden_size * text.num_hidden_layers,
-        "logits": 10.0 * rows * (length - config.image_seq_length) * text.vocab_size,
+def _forward_flops(model: Any, sizes: dict[str, int], tokens: int) -> dict[str, float]:
+    config, text = model.config, model.config.get_text_config()
+    embeddings = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
+    multiplied = sizes["language_model"] - (0 if text.tie_word_embeddings else embeddings)
+    language = {"language_model": _forward(multiplied, text, tokens)}
+    if not is_aki(model):
+        return language | {part: 2.0 * sizes[part] * tokens for part in ("vision_encoder", "connector")}
+    return language | {
+        "vision_encoder": _forward(sizes["vision_encoder"], config.vision_config, config.num_patches),
+        "connector": 2.0 * sizes["connector"] * (config.num_patches + config.image_seq_length),
     }
 
 
-def _count(module: nn.Module, only: set[int] | None = None) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if only is None or id(parameter) in only)
+def _forward(parameters: int, config: Any, tokens: int) -> float:
+    return 2.0 * parameters * tokens + 4.0 * config.num_hidden_layers * config.hidden_size * tokens**2

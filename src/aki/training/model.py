@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -20,7 +22,9 @@ from aki.compat import UNDECLARED_FIELDS
 from aki.data.digits import PIXEL_MEAN, PIXEL_STD, corpus
 from aki.data.tokenizer import PAD_TOKEN, train_tokenizer
 from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models.own_template import as_akis, unknown_marks
 from aki.models.templates import AKI, CAPTION, END_OF_CHUNK_TOKEN, END_TOKEN, IMAGE_TOKEN, SHORT
+from aki.training.data import below
 from aki.training.recipe import ModelRecipe, Recipe, RecipeError, known
 
 
@@ -38,31 +42,77 @@ def build_model(recipe: Recipe, texts: Iterable[str] | None = None) -> tuple[Aki
         model = _join_backbones(recipe.model, tokenizer)
     else:
         model = AkiForConditionalGeneration(model_config(recipe.model, tokenizer))
-    return model, _processor(model.config, tokenizer, texts is None)
+    processor, end = _processor(recipe, model.config, tokenizer, texts is None)
+    if end in tokenizer.get_vocab():
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(end)
+    return model, processor
 
 
 def build_processor(recipe: Recipe, texts: Iterable[str] | None = None) -> AkiProcessor:
     """The processor of `build_model`, without a model."""
     tokenizer = _tokenizer(recipe, texts)
-    return _processor(model_config(recipe.model, tokenizer), tokenizer, texts is None)
+    return _processor(recipe, model_config(recipe.model, tokenizer), tokenizer, texts is None)[0]
 
 
 def _tokenizer(recipe: Recipe, texts: Iterable[str] | None) -> PreTrainedTokenizerBase:
-    if recipe.model.from_backbones is not None:
+    if recipe.model.from_backbones is not None and recipe.model.from_backbones.text is not None:
         return _with_special_tokens(
             AutoTokenizer.from_pretrained(recipe.model.from_backbones.text, trust_remote_code=False)
         )
     return train_tokenizer(corpus(recipe.data.grid)) if texts is None else _chat_tokenizer(texts)
 
 
-def _processor(config: AkiConfig, tokenizer: PreTrainedTokenizerBase, digits: bool) -> AkiProcessor:
+def _processor(
+    recipe: Recipe, config: AkiConfig, tokenizer: PreTrainedTokenizerBase, digits: bool
+) -> tuple[AkiProcessor, str]:
+    """The processor, and what ends an answer where that is its template's own choice, else ""."""
     mean, std = (PIXEL_MEAN, PIXEL_STD) if digits else (0.5, 0.5)
     height, width = config.image_size
     images = SiglipImageProcessorPil(
         size={"height": height, "width": width}, image_mean=[mean] * 3, image_std=[std] * 3
     )
-    templates = {"default": SHORT if digits else AKI, "caption": CAPTION}
-    return AkiProcessor(images, tokenizer, config.image_seq_length, chat_template=templates)
+    chat, end = _chat_template(recipe, tokenizer, SHORT if digits else AKI)
+    templates = {"default": chat, "caption": CAPTION}
+    return AkiProcessor(images, tokenizer, config.image_seq_length, chat_template=templates), end
+
+
+def _chat_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, papers: str) -> tuple[str, str]:
+    """The chat template that the recipe names or, if none, that fits the vocabulary; and what ends its answers.
+
+    Raises:
+        RecipeError: there is none, or its marks are no tokens.
+    """
+    asked, own = recipe.model.chat_template, tokenizer.chat_template
+    foreign = unknown_marks(tokenizer, papers)
+    if asked == "aki" or (asked is None and not foreign):
+        _check_marks("the paper's prompt", foreign)
+        return papers, ""
+    if asked in (None, "tokenizer"):
+        if not isinstance(own, str):
+            raise RecipeError(
+                "the language model's tokenizer has no chat template of its own, and no tokens for the paper's prompt "
+                f"({', '.join(foreign) or 'which it would take: model.chat_template: aki'}): name a Jinja file in "
+                "model.chat_template."
+            )
+        source, what = own, "the tokenizer's chat template"
+    else:
+        path = Path(below(recipe.root, asked))
+        if not path.is_file():
+            raise RecipeError(f"model.chat_template is aki, tokenizer or a file, and there is no file {path}.")
+        source, what = path.read_text(), str(path)
+    try:
+        _check_marks(what, unknown_marks(tokenizer, source))
+        return as_akis(tokenizer, source)
+    except (TemplateError, ValueError) as error:
+        raise RecipeError(f"model.chat_template: {what} cannot be used: {error}") from error
+
+
+def _check_marks(what: str, unknown: list[str]) -> None:
+    if unknown:
+        raise RecipeError(
+            f"{what} writes {', '.join(unknown)}, which the tokenizer cuts into pieces, because they are no tokens of "
+            "its vocabulary: choose another model.chat_template (tokenizer, aki, or a file)."
+        )
 
 
 def tiny(recipe: Recipe) -> Recipe:
@@ -118,12 +168,15 @@ def _join_backbones(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> 
     """In float32: a stage trains the weights themselves, whatever precision it computes in."""
     assert recipe.from_backbones is not None
     wanted = model_config(recipe)
-    for part, name in (("vision", recipe.from_backbones.vision), ("text", recipe.from_backbones.text)):
+    for part, name in vars(recipe.from_backbones).items():
+        if name is None:
+            continue
         found = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_sizes(part, name, getattr(recipe, part), getattr(found, f"{part}_config", found))
+    new = model_config(recipe, tokenizer)
     model = AkiForConditionalGeneration.from_backbones(
-        recipe.from_backbones.vision,
-        recipe.from_backbones.text,
+        recipe.from_backbones.vision or new.vision_config,
+        recipe.from_backbones.text or new.text_config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vocab_size=len(tokenizer),
         dtype=torch.float32,

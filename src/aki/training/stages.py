@@ -23,6 +23,7 @@ from aki.data.feed import Position
 from aki.data.memory import Batches, Memory
 from aki.data.mixture import Mixture
 from aki.data.orders import InEachOrder
+from aki.data.pack import rope_index_of
 from aki.data.packing import PackedCollator, PackedRows
 from aki.data.report import TooManyBadSamples
 from aki.data.schema import Sample
@@ -39,7 +40,7 @@ from aki.training.model import build_model
 from aki.training.predictions import PREDICTIONS, WithoutMedia, majority, summary, write_predictions
 from aki.training.recipe import Recipe, RecipeError
 from aki.training.scoring import accuracy_by_skill, answers_right
-from aki.training.start import check_start, load_start, set_rule
+from aki.training.start import check_start, has_scopes, learn_scopes, load_start, set_rule
 from aki.training.trainer import AkiTrainer, Progress, replace_progress
 from aki.training.view import training_scenes
 
@@ -124,6 +125,8 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
         model, processor = load_start(job.start, quantized(recipe, job.start))
     else:
         model, processor = build_model(recipe, None if samples is None else texts(samples))
+    if has_scopes(stage.rule):
+        learn_scopes(model, processor, recipe.adapter is not None)
     collators = stage_collators(processor, stage, recipe.seed)
     asked = held_out(recipe, stage, collators[0])
     trainer = stage_trainer(job, arguments, model, collators, samples, position, asked)
@@ -265,7 +268,10 @@ def stage_trainer(
             data = {"data_collator": shown, "train_dataset": range(len(train))}
     else:
         rank, ranks = arguments.process_index, arguments.world_size
-        loader = stage_loader(samples, collators, recipe, stage, rank, ranks, position, torch.cuda.is_available())
+        rope_index = rope_index_of(model) if stage.packing and not is_aki(model) else None
+        loader = stage_loader(
+            samples, collators, recipe, stage, rank, ranks, position, torch.cuda.is_available(), rope_index
+        )
         data = {"data_collator": collator, "loader": loader}
         if settles:
             seen = samples.peek(_LOOKED_AT, lambda sample: (collator.encode(sample)[0].get("pixel_values"),))

@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig
 from aki.attention import unlock, write_prompt_blocks
 from aki.attention.families import text_decoder
 from aki.attention.prompts import PromptBlockWriter
+from aki.attention.scopes import add_scope_tokens, scope_token_ids
 from aki.attention.unlock import record_rule
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.models.adapters import adapter_of, has_model, model_of_adapter
@@ -79,6 +80,30 @@ def load_processor(folder: str | Path) -> AkiProcessor | PromptBlockWriter:
     if kind_of(folder) == AkiConfig.model_type:
         return AkiProcessor.from_pretrained(folder)
     return write_prompt_blocks(load_other_processor(folder))
+
+
+def has_scopes(rule: str) -> bool:
+    """Whether a rule reads scopes."""
+    return "mma_scoped" in rule.split("+")
+
+
+def learn_scopes(model: Any, processor: AkiProcessor | PromptBlockWriter, adapted: bool) -> None:
+    """Let a model and its tokenizer know the tokens of scopes, for a rule that reads them.
+
+    Raises:
+        RecipeError: they are new to a model whose own weights stay.
+    """
+    if add_scope_tokens(processor.tokenizer) and adapted:
+        raise RecipeError(
+            "the tokens of scopes are new to this model, and below an adapter nothing learns them: train a stage "
+            "with mma_scoped and no adapter first, or take another rule."
+        )
+    ids = scope_token_ids(processor)
+    assert ids is not None
+    if max(ids) >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(processor.tokenizer))
+    if is_aki(model):
+        model.config.scope_token_ids = ids
 
 
 def set_rule(model: Any, processor: AkiProcessor | PromptBlockWriter, rule: str, attention: str) -> None:

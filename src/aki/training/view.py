@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aki.attention.prompts import PromptBlockWriter
+from aki.attention.scopes import add_scope_tokens
 from aki.data.check import Indexed
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
@@ -20,7 +21,7 @@ from aki.models import AkiProcessor
 from aki.training.data import open_samples, stage_collators, texts
 from aki.training.model import build_processor
 from aki.training.recipe import Recipe, RecipeError, StageRecipe
-from aki.training.start import load_processor
+from aki.training.start import has_scopes, load_processor
 
 Used = TypeVar("Used")
 
@@ -87,6 +88,8 @@ def stage_view(recipe: Recipe, name: str) -> StageView:
             f"{recipe.start_from} holds no processor: run the stage before it first, or name another folder with "
             "--start-from, or look with --tiny, which needs none."
         )
+    if has_scopes(stage.rule):
+        add_scope_tokens(processor.tokenizer)
     collator = stage_collators(processor, stage, recipe.seed)[0]
     if samples is None:
         assert isinstance(processor, AkiProcessor)

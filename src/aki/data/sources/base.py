@@ -117,14 +117,21 @@ class Source(Dataset, ABC):
         return Sample(messages, self.name, name, answers=tuple(row.get("answers") or ()))
 
     def _with_images(self, message: dict[str, Any], view: View | None) -> dict[str, Any]:
-        parts = [
-            part if part["type"] != "image" else {"type": "image", "image": self._image(part["image"], view)}
-            for part in message["content"]
-        ]
-        return {**message, "content": parts}
+        return {**message, "content": [self._with_media(part, view) for part in message["content"]]}
+
+    def _with_media(self, part: dict[str, Any], view: View | None) -> dict[str, Any]:
+        kind = part["type"]
+        if kind == "image":
+            return {"type": kind, kind: self._image(part[kind], view)}
+        if kind not in ("video", "audio"):
+            return part
+        found = part[kind]
+        if isinstance(found, list):
+            return {"type": kind, kind: [self._image(one, None) for one in found]}
+        return {"type": kind, kind: self._image(found, None)}
 
     def _image(self, image: Any, view: View | None) -> Any:
-        """A name as a path inside the image roots, and the view of it if there is one."""
+        """A name as a path inside the image roots (clips lie there too), and the view of it if there is one."""
         if isinstance(image, str) and not image.startswith("data:"):
             image = str(self.roots.find(image))
         if view is None:

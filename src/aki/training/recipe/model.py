@@ -17,12 +17,16 @@ class BackbonesRecipe:
     """Hub ids or folders of trained parts.
 
     Attributes:
-        vision: the vision encoder.
-        text: the language model with its tokenizer.
+        vision: the vision encoder; absent makes a new one.
+        text: the language model with its tokenizer; absent makes new ones.
     """
 
-    vision: str
-    text: str
+    vision: str | None = None
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.vision is None and self.text is None:
+            raise RecipeError("model.from_backbones names no trained part: give it vision, text or both, or leave it.")
 
 
 @dataclass
@@ -38,6 +42,8 @@ class ModelRecipe:
             sizes, its processor and its chat template. Absent makes a new model of the sizes.
         from_backbones: where trained parts come from; absent starts from random weights of those sizes. The sizes above
             must be theirs: what a run needs is known before anything is downloaded.
+        chat_template: `aki` (the paper's prompt), `tokenizer` (the trained language model's own), or a Jinja file. If
+            absent the paper's where the vocabulary has its marks, else the language model's own.
     """
 
     vision: dict[str, Any] = field(default_factory=dict)
@@ -45,6 +51,7 @@ class ModelRecipe:
     connector: dict[str, Any] = field(default_factory=dict)
     from_backbones: BackbonesRecipe | None = None
     pretrained: str | None = None
+    chat_template: str | None = None
 
     @staticmethod
     def needs(values: Mapping[str, Any]) -> dict[str, str]:
@@ -58,6 +65,8 @@ class ModelRecipe:
                 raise RecipeError("\n".join(wrong))
         elif self.from_backbones is not None or self.vision or self.text or self.connector:
             raise RecipeError("model.pretrained is a whole model, with sizes of its own: leave the other keys out.")
+        elif self.chat_template is not None:
+            raise RecipeError("model.pretrained has a chat template of its own: leave model.chat_template out.")
 
 
 @dataclass
