@@ -1,4 +1,4 @@
-"""TRL's DPO and GRPO with an unlocked policy: the rule that their reference model is under, and the line that mends it."""
+"""TRL's DPO and GRPO with an unlocked policy: under which rule their reference reads, and the line that mends it."""
 
 import warnings
 
