@@ -113,7 +113,6 @@ def test_rule_is_saved_with_the_model(model, inputs, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert again.config.attention_rule == "mma"
-    aki.unlock(again)
     torch.testing.assert_close(logits(again, inputs), wanted)
     aki.lock(again)
     again.save_pretrained(tmp_path / "locked")
@@ -126,7 +125,7 @@ def test_what_is_saved_under_a_rule_says_once_who_answers_causally(model, tmp_pa
     aki.unlock(model, rule="mma").save_pretrained(tmp_path)
     copy.deepcopy(model).save_pretrained(tmp_path)
     (said,) = [record.getMessage() for record in caplog.records]
-    for named in (type(model).__name__, "'mma'", "vLLM", "SGLang", "llama.cpp", "TRL", "aki.unlock(model"):
+    for named in (type(model).__name__, "'mma'", "vLLM", "SGLang", "llama.cpp", "TRL", "`import aki`"):
         assert named in said
     aki.lock(model).save_pretrained(tmp_path)
     assert len(caplog.records) == 1
@@ -384,9 +383,10 @@ def test_peft(model, inputs, tmp_path):
     wanted = logits(tuned, inputs)
     tuned.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(stock, tmp_path)
-    causal = logits(loaded, inputs)
-    assert not torch.allclose(causal, wanted, atol=1e-3)
     assert loaded.peft_config["default"].auto_mapping["attention_rule"] == "mma"
+    torch.testing.assert_close(logits(loaded, inputs), wanted)
+    causal = logits(aki.lock(loaded), inputs)
+    assert not torch.allclose(causal, wanted, atol=1e-3)
     torch.testing.assert_close(logits(aki.unlock(loaded), inputs), wanted)
     assert torch.equal(logits(aki.lock(loaded), inputs), causal)
 

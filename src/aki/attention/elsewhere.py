@@ -7,8 +7,8 @@ CAUSAL_ELSEWHERE = (
     "SGLang, llama.cpp, and TRL's rollouts through such a vLLM."
 )
 UNDER_THE_RULE = (
-    "In transformers call aki.unlock(model, processor) after from_pretrained; serve with `aki serve`, or with vLLM and "
-    "aki-mma in one environment."
+    "In transformers `import aki` before from_pretrained; serve with `aki serve`, or with vLLM and aki-mma in one "
+    "environment."
 )
 
 

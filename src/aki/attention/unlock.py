@@ -44,7 +44,7 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
     forward then also takes `prompt_block_ids` (batch, length), which `write_prompt_blocks` writes. Without them,
     maximal runs of -100 in `labels` are the prompts; without labels, the stretches between answers where `processor` is
     given, else the whole input. What was generated is never prompt. The rule's name goes into the configuration (and an
-    adapter's), so `unlock` needs no `rule` after `from_pretrained`.
+    adapter's), from where `from_pretrained` lays it again.
 
     Args:
         model: what AutoModelForImageTextToText and its like return, also within PEFT's wrapper, torch.compile's or
@@ -65,7 +65,7 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
         raise ValueError(f"unlock takes a processor there, not {processor!r}: aki.unlock(model, rule={processor!r}).")
     base, inner = underlying_model(model), unwrapped(model)
     decoder = text_decoder(base)
-    name = rule or _recorded_rule(inner, base) or "mma"
+    name = rule or recorded_rule(inner, base) or "mma"
     marks = None if processor is None else AnswerMarks.of(processor)
     scopes = scope_token_ids(processor)
     if "mma_scoped" in name.split("+"):
@@ -84,6 +84,12 @@ def unlock(model: nn.Module, processor: Any = None, rule: str | None = None) -> 
     record_rule(inner, base, name)
     _say_what_is_joined(base, name)
     return model
+
+
+def is_under(base: PreTrainedModel, rule: str) -> bool:
+    """Whether a rule is laid over a model, itself and not its wrapper."""
+    state = getattr(base, _STATE, None)
+    return state is not None and state.rule.name == rule
 
 
 def layout_of_batch(model: nn.Module, inputs: dict[str, Any]) -> SequenceLayout:
@@ -362,7 +368,8 @@ def _is_packed(inputs: dict[str, Any]) -> bool:
     return bool((torch.diff(positions) < 0).any())
 
 
-def _recorded_rule(model: nn.Module, base: PreTrainedModel) -> str | None:
+def recorded_rule(model: nn.Module, base: PreTrainedModel) -> str | None:
+    """The rule's name as `record_rule` wrote it, an adapter's before its model's."""
     mappings = [adapter.auto_mapping or {} for adapter in _adapters(model)]
     return next((m[_CONFIG_FIELD] for m in mappings if _CONFIG_FIELD in m), getattr(base.config, _CONFIG_FIELD, None))
 

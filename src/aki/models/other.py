@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from aki.attention.families import text_decoder, underlying_model, unwrapped
+from aki.attention.opening import as_stock
 from aki.models.adapters import adapter_of, rule_of_adapter
 from aki.models.configuration import AkiConfig
 from aki.models.loading import check_family_before
@@ -46,7 +47,8 @@ def _merged(folder: str | Path, dtype: torch.dtype | str, options: dict[str, Any
     except ImportError as error:
         raise RuntimeError(f"{folder} holds an adapter, which PEFT opens: pip install 'aki-mma[adapter]'.") from error
     model, _ = load_any(str(adapter_of(folder)), dtype, **options)
-    merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    with as_stock():
+        merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     rule = rule_of_adapter(folder)
     if rule is not None:
         merged.config.attention_rule = rule
@@ -75,9 +77,10 @@ def load_any(name: str | Path, dtype: torch.dtype | str = "auto", **options: Any
     check_depth(found, name)
     processor = load_other_processor(name)
     check_family_before(name, AutoConfig.from_pretrained(name, **closed))
-    model, info = AutoModelForMultimodalLM.from_pretrained(
-        name, use_safetensors=True, dtype=dtype, output_loading_info=True, **closed, **options
-    )
+    with as_stock():
+        model, info = AutoModelForMultimodalLM.from_pretrained(
+            name, use_safetensors=True, dtype=dtype, output_loading_info=True, **closed, **options
+        )
     # Weights that they do not take are usual in other families.
     check_complete(name, info["missing_keys"])
     check_finite(name, dict(model.named_parameters()))

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from aki.attention import NothingOpensError, check_no_leak, get_rule
 from aki.attention.families import underlying_model
+from aki.attention.opening import as_stock
 from aki.attention.unlock import layout_of_batch
 from aki.data.feed import Loader
 from aki.data.report import DataReport
@@ -112,7 +113,8 @@ class AkiTrainer(Trainer):
         if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel) or is_aki(model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        with as_stock():
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
