@@ -172,14 +172,14 @@ class _Unlocked:
 
     @torch.compiler.disable
     def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        blocks = kwargs.get("prompt_block_ids")
-        kwargs = {name: value for name, value in kwargs.items() if name != "prompt_block_ids"}
+        kwargs = dict(kwargs)
+        blocks, layout = kwargs.pop("prompt_block_ids", None), kwargs.pop("layout", None)
         if self.call.called is None:
             self.call.called, self.call.laid = module, False
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-            self.call.layout = self.describe(module, inputs, blocks)
-            if _is_packed(inputs):
+            self.call.layout = self.describe(module, inputs, blocks, layout)
+            if _is_packed(inputs, layout):
                 # transformers keeps packed documents apart only where no cache is made.
                 kwargs["use_cache"] = False
         return args, kwargs
@@ -203,8 +203,16 @@ class _Unlocked:
             self.said_on_saving = True
             logger.warning(on_saving(type(module).__name__, self.rule.name))
 
-    def describe(self, module: nn.Module, inputs: dict[str, Any], blocks: Tensor | None) -> SequenceLayout | None:
-        """The layout of a call; None where there is no media in it, so that the model's own masks stand."""
+    def describe(
+        self, module: nn.Module, inputs: dict[str, Any], blocks: Tensor | None, layout: SequenceLayout | None
+    ) -> SequenceLayout | None:
+        """The layout of a call; None where there is no media in it, so that the model's own masks stand.
+
+        Args:
+            layout: found beforehand, by `layout_of_batch`, and guarded there.
+        """
+        if layout is not None:
+            return layout if self.rule.opens_text or bool(layout.is_media.any()) else None
         ids = inputs.get("input_ids")
         if ids is None:
             if self.rule.opens_text or any(inputs.get(name) is not None for name in _MEDIA_INPUTS):
@@ -354,12 +362,12 @@ def _text_positions(position_ids: Tensor | None) -> Tensor | None:
     return position_ids[0] if position_ids.shape[0] == 4 else None
 
 
-def _is_packed(inputs: dict[str, Any]) -> bool:
+def _is_packed(inputs: dict[str, Any], layout: SequenceLayout | None) -> bool:
     """Whether rows hold several documents, whose positions restart."""
     positions = _text_positions(inputs.get("position_ids"))
     if positions is None or inputs.get("attention_mask") is not None or given_cache(inputs) is not None:
         return False
-    return bool((torch.diff(positions) < 0).any())
+    return bool((torch.diff(positions) < 0 if layout is None else layout.document > 0).any())
 
 
 def _recorded_rule(model: nn.Module, base: PreTrainedModel) -> str | None:
