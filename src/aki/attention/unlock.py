@@ -93,17 +93,7 @@ def layout_of_batch(model: nn.Module, inputs: dict[str, Any]) -> SequenceLayout:
         inputs: as forward takes them, with `labels`.
     """
     state: _Unlocked = getattr(underlying_model(model), _STATE)
-    return build_layout(
-        inputs["input_ids"],
-        state.media_token_ids,
-        None,
-        attention_mask=inputs.get("attention_mask"),
-        position_ids=_text_positions(inputs.get("position_ids")),
-        prompt_block_ids=inputs.get("prompt_block_ids"),
-        labels=inputs["labels"],
-        training=True,
-        scope_token_ids=state.scope_token_ids,
-    )
+    return state.layout(inputs, inputs.get("prompt_block_ids"), training=True)
 
 
 def _check_scopes(model: PreTrainedModel, scopes: list[int] | None) -> None:
@@ -230,30 +220,34 @@ class _Unlocked:
             return None
         labels, cache = inputs.get("labels"), given_cache(inputs)
         seen = 0 if cache is None else int(cache.get_seq_length())
-        attention_mask = _padding(inputs.get("attention_mask"), ids.shape[1], seen)
         if blocks is None and labels is None:
             if self.marks is not None:
-                blocks = self.marks.blocks(ids, attention_mask)
+                blocks = self.marks.blocks(ids, _padding(inputs.get("attention_mask"), ids.shape[1], seen))
             elif not module.training:
                 blocks = self.call.growing.blocks(ids, inputs.get("use_cache") is False)
                 # Tokens whose own logits are asked for are being judged: assisted generation's candidates.
                 judged = inputs.get("logits_to_keep")
                 if isinstance(judged, int) and judged > 1:
                     blocks[:, 1 - judged :] = -1
-        layout = build_layout(
-            ids,
-            self.media_token_ids,
-            None,
-            attention_mask=attention_mask,
-            position_ids=_text_positions(inputs.get("position_ids")) if seen == 0 else None,
-            prompt_block_ids=blocks,
-            labels=labels,
-            training=module.training,
-            scope_token_ids=self.scope_token_ids,
-        )
+        layout = self.layout(inputs, blocks, module.training, seen)
         if labels is not None and module.training:
             self.guard(layout, labels)
         return layout
+
+    def layout(self, inputs: dict[str, Any], blocks: Tensor | None, training: bool, seen: int = 0) -> SequenceLayout:
+        """Of the tokens of a call, before which so many are cached."""
+        ids = inputs["input_ids"]
+        return build_layout(
+            ids,
+            self.media_token_ids,
+            None,
+            attention_mask=_padding(inputs.get("attention_mask"), ids.shape[1], seen),
+            position_ids=_text_positions(inputs.get("position_ids")) if seen == 0 else None,
+            prompt_block_ids=blocks,
+            labels=inputs.get("labels"),
+            training=training,
+            scope_token_ids=self.scope_token_ids,
+        )
 
     def has_media(self, ids: Tensor) -> bool:
         return bool(torch.isin(ids, torch.tensor(list(self.media_token_ids.values()), device=ids.device)).any())
