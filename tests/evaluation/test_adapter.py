@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from aki.cli import main
 from aki.data.collate import ChatCollator
 from aki.data.tokenizer import train_tokenizer
 from aki.evaluation.digit_data import held_out
-from aki.evaluation.lmms import Aki, decoding_of, vllm_model
+from aki.evaluation.lmms import Aki, decoding_of
 from aki.evaluation.suite import PAPER
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.training.scoring import accuracy_by_skill
@@ -367,9 +368,18 @@ def test_digits_are_scored_as_in_training(tiny_recipe, tmp_path, capsys):
 
 def test_vllm_is_not_told_to_run_the_code_of_a_folder(monkeypatch):
     """lmms-eval's own default is that it does."""
-    given: dict = {}
-    monkeypatch.setattr("aki.apps.vllm.check_installed", lambda: None)
-    monkeypatch.setitem(sys.modules, "lmms_eval.models.chat.vllm", SimpleNamespace(VLLM=given.update))
-    vllm_model("a/model", "mma", "auto", 2)
-    assert given["trust_remote_code"] is False
-    assert given["hf_overrides"] == {"attention_rule": "mma"}
+
+    class Given(Exception):
+        pass
+
+    class Stub:
+        def __init__(self, **given):
+            raise Given(given)
+
+    monkeypatch.setitem(sys.modules, "lmms_eval.models.chat.vllm", SimpleNamespace(VLLM=Stub))
+    monkeypatch.delitem(sys.modules, "aki.evaluation.vllm", raising=False)
+    with pytest.raises(Given) as given:
+        import_module("aki.evaluation.vllm").Vllm("a/model", "mma", "auto", 2)
+    assert given.value.args[0]["trust_remote_code"] is False
+    assert given.value.args[0]["hf_overrides"] == {"attention_rule": "mma"}
+    sys.modules.pop("aki.evaluation.vllm")

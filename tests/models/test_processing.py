@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -14,6 +16,8 @@ import aki
 from aki import AkiProcessor
 from aki.models.images import ImageError
 from aki.models.processing import labels_from_prompt_blocks
+from aki.training.model import build_model
+from aki.training.recipe import load_recipe
 
 EOS = "<|endoftext|>"
 IMAGES = "<image>" * PER_IMAGE
@@ -401,3 +405,27 @@ def test_text_alone_is_rendered_as_transformers_does(processor, picture):
 
 def test_the_model_takes_what_the_processor_gives(processor):
     assert set(processor.model_input_names) >= {"input_ids", "attention_mask", "pixel_values", "prompt_block_ids"}
+
+
+def test_threads_do_not_write_over_each_others_answers(request):
+    """transformers keeps where answers stand in the compiled template, which all threads share."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    recipe = load_recipe("digits")
+    _, processor = build_model(recipe)
+    chats = [
+        [
+            {"role": "user", "content": [{"type": "text", "text": "what " * (number % 5 + 1)}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "red " * (number % 7 + 1)}]},
+        ]
+        for number in range(400)
+    ]
+
+    def blocks(chat):
+        return processor.apply_chat_template(chat, tokenize=True, return_dict=True)["prompt_block_ids"]
+
+    alone = [blocks(chat) for chat in chats]
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(blocks, chats)) == alone

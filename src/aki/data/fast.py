@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from aki.layout import moved
-from aki.models.processing import AkiProcessor, tokens_in
+from aki.models.processing import AkiProcessor, of_this_thread, tokens_in
 
 _STEPS = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 _OTHER_STEPS = ("do_center_crop", "do_pad")
@@ -86,7 +86,7 @@ class FastInputs:
         """
         texts, spans = render_jinja_template(
             [messages],
-            chat_template=self.template,
+            chat_template=of_this_thread(self.template),
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )

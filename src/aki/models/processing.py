@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -279,7 +280,7 @@ class AkiProcessor(SavedProcessor):
         """Of each chat, the characters (first, end) of its answers in the text that has all placeholders."""
         texts, spans = render_jinja_template(
             chats,
-            chat_template=self.template(chat_template),
+            chat_template=of_this_thread(self.template(chat_template)),
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **kwargs},
         )
@@ -318,6 +319,8 @@ class AkiProcessor(SavedProcessor):
         return out
 
     def _rendered(self, *args, processor_kwargs: dict | None = None, **kwargs) -> Any:
+        if len(args) < 2:
+            kwargs["chat_template"] = of_this_thread(self.template(kwargs.get("chat_template")))
         # A copy, because transformers writes into it.
         return super().apply_chat_template(
             *args, **kwargs, processor_kwargs=dict(processor_kwargs or {}), return_tensors=None
@@ -343,6 +346,19 @@ class AkiProcessor(SavedProcessor):
                 blocks[positions[0] : end] = [block] * (end - positions[0])
                 block += 1
         return blocks
+
+
+def of_this_thread(template: str | None) -> str | None:
+    """The same template for one thread alone.
+
+    transformers keeps a compiled template for all threads, and within it where answers stand, which they would write
+    over each other's.
+    """
+    if not template:
+        return template
+    # Jinja drops one line break at the end, and one behind a comment.
+    body = template.removesuffix("\n")
+    return f"{body}{{# {get_ident()} #}}{template[len(body) :]}"
 
 
 def tokens_in(characters: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:

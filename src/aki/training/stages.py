@@ -307,8 +307,10 @@ def _score(job: Job, model: Any, collator: ChatCollator, questions: Dataset) -> 
 def _tested(
     job: Job, trainer: AkiTrainer, model: Any, collator: ChatCollator, questions: Dataset[Sample]
 ) -> dict[str, Any]:
-    """The final numbers, beside what knowing nothing of the pictures scores; the answers go to `predictions.jsonl`."""
+    """The final numbers; of own questions also what knowing nothing of the pictures scores, and `predictions.jsonl`."""
     found = answers_right(model, **_asking(job, collator, questions))
+    if isinstance(questions, DigitScenes):
+        return {"test": summary(found)}
     golds = [questions[number].answer for number in range(len(found))]
     # Of sharded weights generation would have to gather every layer for every token; `aki eval --recipe` asks later.
     if trainer.is_world_process_zero() and not trainer.is_fsdp_enabled:
