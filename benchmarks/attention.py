@@ -212,8 +212,8 @@ _PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
 def print_table(rows: list[dict], device: str) -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"\n{where}: time as a ratio to causal attention (of packed rows: causal by documents)\n")
-    titles = ("what", "length", "dtype", "heads", "backend", "forward", "backward", "both", "both / merged")
-    titles += ("allowed pairs", "TFLOP/s", "peak MB")
+    titles = ["what", "length", "dtype", "heads", "backend", "forward", "backward", "both", "both / merged"]
+    titles += ["allowed pairs", "TFLOP/s", "peak MB"]
     print(f"| {' | '.join(titles)} |\n| --- | ---: | --- | --- | --- |{' ---: |' * 7}")
     keys = ("what", "length", "dtype", "heads", "backend")
     for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):

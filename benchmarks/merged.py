@@ -50,8 +50,8 @@ class Merged(torch.autograd.Function):
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, made: list[Call]) -> Tensor:
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
         for queries, keys, shape in made:
-            part, part_lse = _forward(*_of(queries, query), *_of(keys, key, value), shape)
-            (held, held_lse) = _of(queries, out, lse)
+            part, part_lse = _forward(query[:, :, queries], key[:, :, keys], value[:, :, keys], shape)
+            held, held_lse = out[:, :, queries], lse[:, :, queries]
             if shape is False:
                 part = held.float().lerp(part.float(), torch.sigmoid(part_lse - held_lse)[..., None])
                 part_lse = torch.logaddexp(held_lse, part_lse)
@@ -66,14 +66,11 @@ class Merged(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         gradients = [torch.zeros_like(x) for x in (query, key, value)]
         for queries, keys, shape in ctx.made:
-            shares = _backward(*_of(queries, grad, query), *_of(keys, key, value), *_of(queries, out, lse), shape)
+            of_queries = [x[:, :, queries] for x in (grad, query, out, lse)]
+            shares = _backward(*of_queries, key[:, :, keys], value[:, :, keys], shape=shape)
             for gradient, at, share in zip(gradients, (queries, keys, keys), shares, strict=True):
                 gradient[:, :, at] += share
         return *gradients, None
-
-
-def _of(tokens: slice, *tensors: Tensor) -> list[Tensor]:
-    return [x[:, :, tokens] for x in tensors]
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, shape: bool | Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +84,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, shape: bool | Tensor) ->
     )
 
 
-def _backward(grad, query, key, value, out, lse, shape: bool | Tensor) -> tuple[Tensor, ...]:
+def _backward(grad, query, out, lse, key, value, *, shape: bool | Tensor) -> tuple[Tensor, ...]:
     if query.is_cuda:
         tokens_first = (x.transpose(1, 2) for x in (grad, query, key, value, out))
         unused = torch.empty(0, dtype=torch.uint64, device=query.device)

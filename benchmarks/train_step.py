@@ -302,8 +302,8 @@ def print_profile(options: argparse.Namespace) -> None:
 
 def print_table(rows: list[dict]) -> None:
     first = next(row["samples_per_s"] for row in rows if row["rule"] == "mma" and row["batching"] == "authors")
-    titles = ("dtype", "batching", "checkpointing", "rule", "samples/s", "times authors (MMA)", "tokens/s")
-    titles += ("MMA / causal time", "GEMM share", "peak GB")
+    titles = ["dtype", "batching", "checkpointing", "rule", "samples/s", "times authors (MMA)", "tokens/s"]
+    titles += ["MMA / causal time", "GEMM share", "peak GB"]
     print(f"| {' | '.join(titles)} |\n| --- | --- | --- | --- |{' ---: |' * 6}")
     for row in rows:
         cells = [row["dtype"], row["batching"], "yes" if row["checkpointing"] else "no", row["rule"]]

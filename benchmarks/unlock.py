@@ -55,11 +55,11 @@ BATCHES = {"padded": [TEXT_TOKENS, TEXT_TOKENS - 150], "equal lengths": [TEXT_TO
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Tensor]) -> float:
-    started = now(model.device)
+    started = now(inputs["input_ids"].device)
     model(**inputs).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return now(model.device) - started
+    return now(inputs["input_ids"].device) - started
 
 
 def measure(steps: int, layers: int, device: str) -> dict[str, dict[str, float]]:
