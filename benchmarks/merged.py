@@ -66,8 +66,8 @@ class Merged(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         gradients = [torch.zeros_like(x) for x in (query, key, value)]
         for queries, keys, shape in ctx.made:
-            of_queries = [x[:, :, queries] for x in (grad, query, out, lse)]
-            shares = _backward(*of_queries, key[:, :, keys], value[:, :, keys], shape=shape)
+            of_queries = (x[:, :, queries] for x in (grad, query, out, lse))
+            shares = _backward(of_queries, key[:, :, keys], value[:, :, keys], shape)
             for gradient, at, share in zip(gradients, (queries, keys, keys), shares, strict=True):
                 gradient[:, :, at] += share
         return *gradients, None
@@ -84,7 +84,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, shape: bool | Tensor) ->
     )
 
 
-def _backward(grad, query, out, lse, key, value, *, shape: bool | Tensor) -> tuple[Tensor, ...]:
+def _backward(of_queries, key: Tensor, value: Tensor, shape: bool | Tensor) -> tuple[Tensor, ...]:
+    grad, query, out, lse = of_queries
     if query.is_cuda:
         tokens_first = (x.transpose(1, 2) for x in (grad, query, key, value, out))
         unused = torch.empty(0, dtype=torch.uint64, device=query.device)
