@@ -1,9 +1,10 @@
-"""Time and peak memory of attention backends, as ratios to causal attention in the same run.
+"""Time and peak memory of ways to compute mma, as ratios to causal attention in the same run.
 
 Two kinds of rows: one turn (9/16 pictures, a prompt of 1/8, then the answer, which is where the paper's long inputs
-stand), and a packed row of 8,192 tokens made of samples of the paper's lengths. The backends take turns, and each keeps
-its best time, so that a noisy machine disturbs all alike. The row `auto` repeats that of the backend which auto takes.
-Peak memory is what the allocator held beyond inputs at its highest.
+stand), and a packed row of 8,192 tokens made of samples of the paper's lengths. Beside segments and the dense mask is
+`merged`, which is how mma was computed before segments, and on a GPU torch's own `flex`. They take turns, and each
+keeps its best time, so that a noisy machine disturbs all alike. The row `auto` repeats that of what auto takes. Peak
+memory is what the allocator held beyond inputs at its highest.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+from merged import Merged, calls
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
@@ -72,7 +75,15 @@ def _layout(samples: list[tuple[int, int, int]]) -> SequenceLayout:
     return SequenceLayout(*(torch.tensor(column)[None] for column in columns))
 
 
-def backends(layout: SequenceLayout, names: list[str], device: str, heads: tuple[int, int]) -> dict[str, Attention]:
+def names_of(what: str, device: str) -> list[str]:
+    """What is measured of a kind of rows; the first is what the others are ratios to."""
+    bases = ["causal by documents", "causal"] if what == "packed" else ["causal"]
+    # On a GPU many documents were no merge before segments either.
+    rivals = {"cpu": ["merged"], "cuda": ["flex"] if what == "packed" else ["flex", "merged"]}
+    return [*bases, "dense", *rivals[device], "segments"]
+
+
+def backend(layout: SequenceLayout, name: str, device: str, heads: tuple[int, int], dtype: torch.dtype) -> Attention:
     """`causal` is the library's own over the whole row, `causal by documents` is ours of the rule causal."""
 
     def by_segments(rule) -> Attention:
@@ -83,17 +94,30 @@ def backends(layout: SequenceLayout, names: list[str], device: str, heads: tuple
         mask = dense_mask(MMA, layout)[:, None].to(device)
         return lambda query, key, value: scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
+    def merged() -> Attention:
+        made = calls(layout, device, dtype)
+        return lambda query, key, value: Merged.apply(query, key, value, made)
+
+    def flex() -> Attention:
+        there = layout.to(torch.device(device))
+        length = layout.shape[1]
+        mask = create_block_mask(lambda b, h, q, k: MMA.sees(there, b, q, k), 1, None, length, length, device)
+        return partial(_flex(), block_mask=mask)
+
     made: dict[str, Callable[[], Attention]] = {
         "causal": lambda: lambda query, key, value: scaled_dot_product_attention(query, key, value, is_causal=True),
         "causal by documents": lambda: by_segments(CAUSAL),
         "segments": lambda: by_segments(MMA),
         "dense": dense,
+        "merged": merged,
+        "flex": flex,
     }
-    return {name: made[name]() for name in names}
+    return made[name]()
 
 
-def one_backend(layout: SequenceLayout, name: str, device: str, heads: tuple[int, int]) -> Attention:
-    return backends(layout, [name], device, heads)[name]
+@cache
+def _flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def inputs(length: int, dtype: torch.dtype, device: str, heads: tuple[int, int]) -> list[Tensor]:
@@ -149,16 +173,16 @@ def peak_megabytes(make: Callable[[], Attention], tensors: list[Tensor]) -> floa
 def measure(what: str, layout: SequenceLayout, dtype_name: str, device: str, heads: tuple[int, int], budget: float):
     """Rows of the backends, and of what `auto` would take of them."""
     dtype, length = getattr(torch, dtype_name), layout.shape[1]
-    base = "causal" if what == "one turn" else "causal by documents"
-    names = list(dict.fromkeys([base, "dense", "segments"]))
-    functions, tensors = backends(layout, names, device, heads), inputs(length, dtype, device, heads)
-    best = best_seconds(functions, tensors, budget)
+    names = names_of(what, device)
+    base, tensors = names[0], inputs(length, dtype, device, heads)
+    make = {name: partial(backend, layout, name, device, heads, dtype) for name in names}
+    best = best_seconds({name: made() for name, made in make.items()}, tensors, budget)
     # The profiler starts threads of its own: memory comes after time.
-    peaks = {name: peak_megabytes(partial(one_backend, layout, name, device, heads), tensors) for name in names}
+    peaks = {name: peak_megabytes(made, tensors) for name, made in make.items()}
     found = tuple(segments(MMA, layout))
-    pairs = {"dense": length * length, base: allowed_pairs(segments(CAUSAL, layout))} | {
-        "segments": allowed_pairs(found)
-    }
+    by_documents = allowed_pairs(segments(CAUSAL, layout))
+    pairs = {"causal": length * (length + 1) // 2, "causal by documents": by_documents}
+    of_mma = allowed_pairs(found)
     taken_by_auto = choose("auto", found, layout, torch.empty(1, length, 0, dtype=dtype, device=device), heads[0])
     sources = {name: name for name in names} | {"auto": taken_by_auto.backend}
     return [
@@ -171,9 +195,10 @@ def measure(what: str, layout: SequenceLayout, dtype_name: str, device: str, hea
             "pass": step,
             "seconds": taken,
             "ratio_to_causal": taken / best[base][step],
-            "pair_ratio": pairs["segments" if name in ("dense", "auto") else name] / pairs[base],
-            # Of the pairs that the rule allows; 2 products forward, 5 backward.
-            "tflops": _PRODUCTS[step] * 2 * pairs["segments"] * heads[0] * heads[1] / taken / 1e12,
+            "ratio_to_merged": taken / best["merged"][step] if "merged" in best else None,
+            "pair_ratio": pairs.get(name, of_mma) / pairs[base],
+            # Of the pairs that its rule allows; 2 products forward, 5 backward.
+            "tflops": _PRODUCTS[step] * 2 * pairs.get(name, of_mma) * heads[0] * heads[1] / taken / 1e12,
             "peak_mb": peaks[source],
         }
         for name, source in sources.items()
@@ -187,14 +212,16 @@ _PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
 def print_table(rows: list[dict], device: str) -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"\n{where}: time as a ratio to causal attention (of packed rows: causal by documents)\n")
-    print("| what | length | dtype | heads | backend | forward | backward | both | allowed pairs | TFLOP/s | peak MB |")
-    print("| --- | ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    titles = ["what", "length", "dtype", "heads", "backend", "forward", "backward", "both", "both / merged"]
+    titles += ["allowed pairs", "TFLOP/s", "peak MB"]
+    print(f"| {' | '.join(titles)} |\n| --- | ---: | --- | --- | --- |{' ---: |' * 7}")
     keys = ("what", "length", "dtype", "heads", "backend")
     for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
         own = {row["pass"]: row for row in rows if tuple(row[name] for name in keys) == key}
         ratios = " | ".join(f"{own[step]['ratio_to_causal']:.2f}" for step in PASSES)
         one = own["both"]
-        rest = f"{one['pair_ratio']:.2f} | {one['tflops']:.3f} | {one['peak_mb']:.1f}"
+        before = "" if one["ratio_to_merged"] is None else f"{one['ratio_to_merged']:.3f}"
+        rest = f"{before} | {one['pair_ratio']:.2f} | {one['tflops']:.3f} | {one['peak_mb']:.1f}"
         print(f"| {' | '.join(map(str, key))} | {ratios} | {rest} |")
 
 

@@ -16,10 +16,10 @@ import torch
 from train_step import DTYPES, batches, build, draw_samples, step_seconds
 
 
-def measure(dtype_name: str, layers: int, steps: int, row_tokens: int) -> dict:
+def measure(dtype_name: str, device: str, layers: int, steps: int, row_tokens: int) -> dict:
     dtype = DTYPES[dtype_name]
     torch.manual_seed(0)
-    models = {way: build("segments", layers) for way in ("eager", "compiled")}
+    models = {way: build("100m", "segments", device, layers) for way in ("eager", "compiled")}
     models["compiled"].load_state_dict(models["eager"].state_dict())
     for layer in models["compiled"].model.language_model.layers:
         layer.compile(dynamic=True)
@@ -43,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two layers, float32 only")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--row-tokens", type=int, default=2048)
@@ -53,7 +54,7 @@ def main() -> None:
     print("| dtype | eager, s | compiled, s | compiled / eager (median of pairs) | first compiled step, s |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for dtype_name in ("float32",) if options.quick else DTYPES:
-        row = measure(dtype_name, options.layers, options.steps, options.row_tokens)
+        row = measure(dtype_name, options.device, options.layers, options.steps, options.row_tokens)
         rows.append(row)
         form = "| {dtype} | {eager_s:.3f} | {compiled_s:.3f} | {ratio:.3f} | {first_step_s:.1f} |"
         print(form.format(**row), flush=True)

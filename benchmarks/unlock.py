@@ -11,11 +11,11 @@ import argparse
 import json
 import logging
 import statistics
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from train_step import now
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import aki
@@ -24,7 +24,7 @@ IMAGE_TOKENS, TEXT_TOKENS, ANSWER, ROWS = 144, 512, 64, 2
 IMAGE_ID, VOCAB = 3, 4000
 
 
-def build(layers: int) -> nn.Module:
+def build(layers: int, device: str) -> nn.Module:
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": layers, "num_attention_heads": 12}
     vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = AutoConfig.for_model(
@@ -34,7 +34,7 @@ def build(layers: int) -> nn.Module:
         image_token_index=IMAGE_ID,
     )
     torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(config).train()
+    return AutoModelForImageTextToText.from_config(config).train().to(device)
 
 
 def batch(lengths: list[int]) -> dict[str, Tensor]:
@@ -55,21 +55,21 @@ BATCHES = {"padded": [TEXT_TOKENS, TEXT_TOKENS - 150], "equal lengths": [TEXT_TO
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Tensor]) -> float:
-    started = time.perf_counter()
+    started = now(inputs["input_ids"].device)
     model(**inputs).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return time.perf_counter() - started
+    return now(inputs["input_ids"].device) - started
 
 
-def measure(steps: int, layers: int) -> dict[str, dict[str, float]]:
-    model = build(layers)
+def measure(steps: int, layers: int, device: str) -> dict[str, dict[str, float]]:
+    model = build(layers, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     results = {}
     for name, lengths in BATCHES.items():
         seconds: dict[str, list[float]] = {"locked": [], "unlocked": []}
         for step in range(steps + 1):
-            inputs = batch(lengths)
+            inputs = {name: values.to(device) for name, values in batch(lengths).items()}
             for way in ("locked", "unlocked") if step % 2 else ("unlocked", "locked"):
                 getattr(aki, way.removesuffix("ed"))(model)
                 taken = train_step(model, optimizer, inputs)
@@ -84,10 +84,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two steps each of a model of one layer")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=30, help="each way and batch")
     options = parser.parse_args()
     logging.getLogger("aki").setLevel(logging.ERROR)
-    results = measure(2, layers=1) if options.quick else measure(options.steps, layers=4)
+    results = measure(2, 1, options.device) if options.quick else measure(options.steps, 4, options.device)
     print(f"{'batch':<15} {'locked':>10} {'unlocked':>10} {'ratio':>7}")
     for name, row in results.items():
         print(f"{name:<15} {row['locked']:>8.3f} s {row['unlocked']:>8.3f} s {row['ratio']:>7.3f}")

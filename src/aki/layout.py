@@ -50,7 +50,7 @@ class SequenceLayout:
 
     def to(self, device: torch.device) -> SequenceLayout:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+        return replace(self, **{name: moved(tensor, device) for name, tensor in tensors.items() if tensor is not None})
 
     @property
     def is_padding(self) -> Tensor:
@@ -59,6 +59,13 @@ class SequenceLayout:
     @property
     def is_media(self) -> Tensor:
         return self.modality != TEXT
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """On that device; from pinned memory to a GPU, so that the host does not wait for the copy."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def build_layout(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,15 +27,23 @@ def layouts(draw, max_rows: int = 3) -> SequenceLayout:
 
 @st.composite
 def scoped_layouts(draw) -> SequenceLayout:
-    """Rows that open and close scopes (1 and 2) anywhere, with images (3), clips (4) and padding at their end."""
+    """Rows that open and close scopes (1 and 2) anywhere, with images (3) and clips (4), several turns and documents,
+    rings, and padding anywhere."""
     length = draw(st.integers(1, 20))
-    kinds = st.lists(st.sampled_from([1, 2, 3, 4, 9, 9]), min_size=length, max_size=length)
-    ids = torch.tensor(draw(st.lists(kinds, min_size=1, max_size=2)))
-    answer, padding = (draw(st.integers(0, length)) for _ in range(2))
-    blocks = torch.where(torch.arange(length) < answer, 0, -1).expand(ids.shape)
-    mask = (torch.arange(length) < length - padding).long().expand(ids.shape)
-    options = {"attention_mask": mask, "prompt_block_ids": blocks, "scope_token_ids": (1, 2)}
-    return build_layout(ids, {1: 3, 2: 4}, 1, grids={1: (1, 1), 2: (1, 1)}, **options)
+
+    def rows(choices):
+        row = st.lists(st.sampled_from(choices), min_size=length, max_size=length)
+        return torch.tensor(draw(st.lists(row, min_size=2, max_size=2)))
+
+    kinds, now_and_then = [1, 2, 3, 4, 9, 9], [0, 0, 0, 1]
+    ids, begins, changes, padding = (rows(choices) for choices in (kinds, now_and_then, [0, 0, 1], now_and_then))
+    turn = changes.cumsum(1)
+    blocks = torch.where(turn % 2 == 0, turn // 2, -1)
+    absent = padding.bool()
+    options = {"prompt_block_ids": blocks, "scope_token_ids": (1, 2)}
+    layout = build_layout(ids.masked_fill(absent, 0), {1: 3, 2: 4}, 2, **options)
+    document, block = begins.cumsum(1).masked_fill(absent, -1), blocks.masked_fill(absent, -1)
+    return replace(layout, document=document, prompt_block=block, ring=torch.where(layout.is_media, changes, -1))
 
 
 def mask_of(found: list[Segment], shape: tuple[int, int]) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import by_definition, layouts, make_layout
+from layouts import by_definition, layouts, make_layout, scoped_layouts
 from oracle import NAMES
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -57,7 +57,7 @@ def agree(layout, rule, dtype=torch.float64, device="cpu", key_heads=2):
 
 
 @settings(max_examples=150, deadline=None)
-@given(layouts(), st.sampled_from(NAMES), st.sampled_from([1, 2, 4]))
+@given(st.one_of(layouts(), scoped_layouts()), st.sampled_from(NAMES), st.sampled_from([1, 2, 4]))
 def test_output_and_gradients_are_the_rules_own_in_float64(layout, rule, key_heads):
     agree(layout, rule, key_heads=key_heads)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import layouts, make_layout
+from layouts import layouts, make_layout, scoped_layouts
 from oracle import NAMES
 from test_segment_attention import agree
 from varlen_stand_in import CALLS, KERNEL
@@ -23,7 +23,7 @@ def stand_in(monkeypatch):
 @pytest.mark.usefixtures("stand_in")
 class TestOnTheStandIn:
     @settings(max_examples=60)
-    @given(layouts(), st.sampled_from(NAMES), st.sampled_from([1, 2, 4]))
+    @given(st.one_of(layouts(), scoped_layouts()), st.sampled_from(NAMES), st.sampled_from([1, 2, 4]))
     def test_output_and_gradients_are_the_rules_own(self, layout, rule, key_heads):
         agree(layout, rule, torch.float32, key_heads=key_heads)
 

@@ -226,7 +226,7 @@ class TestModel:
         assert (batch["labels"] != -100).any(1).all()
         guard_batch(model, batch)
         trainer = AkiTrainer(model.train(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
-        trainer.compute_loss(model, batch).backward()
+        trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
         learned = ["video_encoder", "video_connector", "audio_encoder", "audio_connector", "connector"]
         for name in learned:
             gradients = [p.grad for p in model.model.get_submodule(name).parameters() if p.grad is not None]

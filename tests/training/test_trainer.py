@@ -44,6 +44,12 @@ def batch(prompt_blocks: bool = True):
     return rows if prompt_blocks else {name: values for name, values in rows.items() if name != "prompt_block_ids"}
 
 
+def loss_of(trainer, rows):
+    """As `training_step` computes it."""
+    model = trainer.model.train()
+    return trainer.compute_loss(model, trainer._prepare_inputs(rows))
+
+
 def by_hand(epsilon: float = 0.0) -> torch.Tensor:
     """Cross-entropy with smoothing over the answers, by torch's own function."""
     model, rows = global_batch.build().train(), batch()
@@ -56,8 +62,7 @@ def by_hand(epsilon: float = 0.0) -> torch.Tensor:
 @pytest.mark.parametrize("prompt_blocks", [True, False])
 def test_12_11_smoothing(tmp_path, epsilon, prompt_blocks):
     trainer = make(AkiTrainer, tmp_path, label_smoothing_factor=epsilon)
-    loss = trainer.compute_loss(trainer.model.train(), batch(prompt_blocks))
-    torch.testing.assert_close(loss, by_hand(epsilon))
+    torch.testing.assert_close(loss_of(trainer, batch(prompt_blocks)), by_hand(epsilon))
 
 
 @pytest.mark.parametrize("epsilon", [1e-7, 0.3])
@@ -66,7 +71,7 @@ def test_12_11_smoothing_by_transformers_own_trainer(tmp_path, epsilon):
     # Labels on placeholders are the collator's to leave out, where the model does not see the labels.
     rows["labels"][rows["input_ids"] == global_batch.IMAGE] = IGNORE_INDEX
     trainer = make(Trainer, tmp_path, label_smoothing_factor=epsilon)
-    torch.testing.assert_close(trainer.compute_loss(trainer.model.train(), rows), by_hand(epsilon))
+    torch.testing.assert_close(loss_of(trainer, rows), by_hand(epsilon))
 
 
 @pytest.mark.parametrize("prompt_blocks", [True, False])
@@ -76,7 +81,7 @@ def test_12_11_a_loss_of_ones_own_gets_all_logits_and_all_labels(tmp_path, promp
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     trainer = make(AkiTrainer, tmp_path, compute_loss_func=own)
-    torch.testing.assert_close(trainer.compute_loss(trainer.model.train(), batch(prompt_blocks)), by_hand())
+    torch.testing.assert_close(loss_of(trainer, batch(prompt_blocks)), by_hand())
 
 
 def answered(prediction) -> dict[str, float]:

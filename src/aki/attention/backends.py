@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from aki.attention.choice import BACKENDS, Choice, announce, choose, is_causal, sees_everything, unfit
+from aki.attention.choice import BACKENDS, Choice, announce, choose, computed_in, is_causal, sees_everything, unfit
 from aki.attention.dense import language_model_masks
 from aki.attention.kernels import segment_attention
 from aki.attention.rules import Rule
@@ -48,10 +48,8 @@ def attention(
             f"attention by segments cannot compute {', '.join(refused)}, which this language model asks for: load it "
             "with attn_implementation='eager'."
         )
-    if torch.is_autocast_enabled(query.device.type):
-        # As scaled_dot_product_attention: rotary embeddings leave query and key in float32.
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    # As scaled_dot_product_attention: rotary embeddings leave query and key in float32.
+    query, key, value = (x.to(computed_in(query)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return segment_attention(query, key, value, attention_mask, scale).transpose(1, 2), None
 
@@ -86,10 +84,8 @@ def prepare_attention(
 
     if not takes_prepared(config, past_key_values):
         return dense()
-    device = inputs_embeds.device
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else inputs_embeds.dtype
     found = tuple(segments(rule, layout))
-    reason = unfit(config, device, dtype, layout.shape[1])
+    reason = unfit(config, inputs_embeds.device, computed_in(inputs_embeds), layout.shape[1])
     if reason is not None:
         choice = Choice("none" if is_causal(found) else "dense", reason)
     else:

@@ -42,6 +42,13 @@ def announce(choice: Choice) -> None:
     logger.info("%s", choice)
 
 
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype of attention over x: autocast's, where that is on."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
+
+
 def unfit(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, batch_length: int) -> str | None:
     """Why a language model cannot be computed by segments on a batch of this length; None where it can."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -85,8 +92,7 @@ def choose(requested: str, found: tuple[Segment, ...], layout: SequenceLayout, e
         return Choice("none", "the batch is plainly causal, which needs no mask")
     if embeds.device.type != "cpu":
         return Choice("segments", "it costs what causal attention costs")
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else embeds.dtype
-    ours, dense = cost(calls(found), heads, dtype), float(batch * heads * size * size)
+    ours, dense = cost(calls(found), heads, computed_in(embeds)), float(batch * heads * size * size)
     compared = (
         f"segments are expected to take {ours / dense:.2f} times the dense mask's time for {batch} x {size} tokens"
     )

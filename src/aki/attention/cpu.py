@@ -130,8 +130,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, made: Sequence[Call], sca
         made = made[1:]
     else:
         out, lse = empty_result(query)
-        out.zero_()
-        lse.zero_()
+        if sum((c.rows.stop - c.rows.start) * length(c.queries) for c in made if not c.is_more) < lse[:, 0].numel():
+            out.zero_()
+            lse.zero_()
     for call in made:
         own, keys = (call.rows, call.queries), (call.rows, call.keys)
         part, part_lse = _kernel(_take(query, *own), _take(key, *keys), _take(value, *keys), call.shape, scale)

@@ -99,17 +99,7 @@ def layout_of_batch(model: nn.Module, inputs: dict[str, Any]) -> SequenceLayout:
         inputs: as forward takes them, with `labels`.
     """
     state: _Unlocked = getattr(underlying_model(model), _STATE)
-    return build_layout(
-        inputs["input_ids"],
-        state.media_token_ids,
-        None,
-        attention_mask=inputs.get("attention_mask"),
-        position_ids=_text_positions(inputs.get("position_ids")),
-        prompt_block_ids=inputs.get("prompt_block_ids"),
-        labels=inputs["labels"],
-        training=True,
-        scope_token_ids=state.scope_token_ids,
-    )
+    return state.layout(inputs, inputs.get("prompt_block_ids"), training=True)
 
 
 def _check_scopes(model: PreTrainedModel, scopes: list[int] | None) -> None:
@@ -178,14 +168,14 @@ class _Unlocked:
 
     @torch.compiler.disable
     def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        blocks = kwargs.get("prompt_block_ids")
-        kwargs = {name: value for name, value in kwargs.items() if name != "prompt_block_ids"}
+        kwargs = dict(kwargs)
+        blocks, layout = kwargs.pop("prompt_block_ids", None), kwargs.pop("layout", None)
         if self.call.called is None:
             self.call.called, self.call.laid = module, False
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-            self.call.layout = self.describe(module, inputs, blocks)
-            if _is_packed(inputs):
+            self.call.layout = self.describe(module, inputs, blocks, layout)
+            if _is_packed(inputs, layout):
                 # transformers keeps packed documents apart only where no cache is made.
                 kwargs["use_cache"] = False
         return args, kwargs
@@ -209,8 +199,16 @@ class _Unlocked:
             self.said_on_saving = True
             logger.warning(on_saving(type(module).__name__, self.rule.name))
 
-    def describe(self, module: nn.Module, inputs: dict[str, Any], blocks: Tensor | None) -> SequenceLayout | None:
-        """The layout of a call; None where there is no media in it, so that the model's own masks stand."""
+    def describe(
+        self, module: nn.Module, inputs: dict[str, Any], blocks: Tensor | None, layout: SequenceLayout | None
+    ) -> SequenceLayout | None:
+        """The layout of a call; None where there is no media in it, so that the model's own masks stand.
+
+        Args:
+            layout: found beforehand, by `layout_of_batch`, and guarded there.
+        """
+        if layout is not None:
+            return layout if self.rule.opens_text or bool(layout.is_media.any()) else None
         ids = inputs.get("input_ids")
         if ids is None:
             if self.rule.opens_text or any(inputs.get(name) is not None for name in _MEDIA_INPUTS):
@@ -228,30 +226,34 @@ class _Unlocked:
             return None
         labels, cache = inputs.get("labels"), given_cache(inputs)
         seen = 0 if cache is None else int(cache.get_seq_length())
-        attention_mask = _padding(inputs.get("attention_mask"), ids.shape[1], seen)
         if blocks is None and labels is None:
             if self.marks is not None:
-                blocks = self.marks.blocks(ids, attention_mask)
+                blocks = self.marks.blocks(ids, _padding(inputs.get("attention_mask"), ids.shape[1], seen))
             elif not module.training:
                 blocks = self.call.growing.blocks(ids, inputs.get("use_cache") is False)
                 # Tokens whose own logits are asked for are being judged: assisted generation's candidates.
                 judged = inputs.get("logits_to_keep")
                 if isinstance(judged, int) and judged > 1:
                     blocks[:, 1 - judged :] = -1
-        layout = build_layout(
-            ids,
-            self.media_token_ids,
-            None,
-            attention_mask=attention_mask,
-            position_ids=_text_positions(inputs.get("position_ids")) if seen == 0 else None,
-            prompt_block_ids=blocks,
-            labels=labels,
-            training=module.training,
-            scope_token_ids=self.scope_token_ids,
-        )
+        layout = self.layout(inputs, blocks, module.training, seen)
         if labels is not None and module.training:
             self.guard(layout, labels)
         return layout
+
+    def layout(self, inputs: dict[str, Any], blocks: Tensor | None, training: bool, seen: int = 0) -> SequenceLayout:
+        """Of the tokens of a call, before which so many are cached."""
+        ids = inputs["input_ids"]
+        return build_layout(
+            ids,
+            self.media_token_ids,
+            None,
+            attention_mask=_padding(inputs.get("attention_mask"), ids.shape[1], seen),
+            position_ids=_text_positions(inputs.get("position_ids")) if seen == 0 else None,
+            prompt_block_ids=blocks,
+            labels=inputs.get("labels"),
+            training=training,
+            scope_token_ids=self.scope_token_ids,
+        )
 
     def has_media(self, ids: Tensor) -> bool:
         return bool(torch.isin(ids, torch.tensor(list(self.media_token_ids.values()), device=ids.device)).any())
@@ -360,12 +362,12 @@ def _text_positions(position_ids: Tensor | None) -> Tensor | None:
     return position_ids[0] if position_ids.shape[0] == 4 else None
 
 
-def _is_packed(inputs: dict[str, Any]) -> bool:
+def _is_packed(inputs: dict[str, Any], layout: SequenceLayout | None) -> bool:
     """Whether rows hold several documents, whose positions restart."""
     positions = _text_positions(inputs.get("position_ids"))
     if positions is None or inputs.get("attention_mask") is not None or given_cache(inputs) is not None:
         return False
-    return bool((torch.diff(positions) < 0).any())
+    return bool((torch.diff(positions) < 0 if layout is None else layout.document > 0).any())
 
 
 def recorded_rule(model: nn.Module, base: PreTrainedModel) -> str | None:

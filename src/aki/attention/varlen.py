@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aki.attention.cpu import empty_result, tokens, tokens_first_like
 from aki.attention.segments import Segment, length
+from aki.layout import moved
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,12 @@ def _call(found: list[Segment], shape: tuple[int, int, int], device: torch.devic
 
 
 def _edges(spans: list, device: torch.device) -> Tensor:
-    return _moved(torch.tensor([0, *map(length, spans)]).cumsum(0, dtype=torch.int32), device)
+    return moved(torch.tensor([0, *map(length, spans)]).cumsum(0, dtype=torch.int32), device)
 
 
 def _index(rows: list[int], spans: list, room: int, total: int, device: torch.device) -> Tensor | None:
     index = torch.cat([row * room + tokens(own) for row, own in zip(rows, spans, strict=True)])
-    return None if torch.equal(index, torch.arange(total)) else _moved(index, device)
-
-
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory the host does not wait for the copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return None if torch.equal(index, torch.arange(total)) else moved(index, device)
 
 
 def forward(

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from aki.layout import moved
 from aki.models.processing import AkiProcessor, of_this_thread, tokens_in
 
 _STEPS = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
@@ -56,7 +57,7 @@ class FastPixels:
     def normalise(self, pixels: Tensor) -> Tensor:
         """`pixel_values` of those bytes: the same shape and device, float32."""
         values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return values.mul_(self.scale.to(pixels.device)).sub_(self.shift.to(pixels.device))
+        return values.mul_(moved(self.scale, pixels.device)).sub_(moved(self.shift, pixels.device))
 
 
 class FastInputs:

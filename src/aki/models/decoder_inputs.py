@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedConfig
 from aki.attention import Rule, prepare_attention
 from aki.attention.backends import takes_prepared
 from aki.compat import CACHE
-from aki.layout import SequenceLayout
+from aki.layout import SequenceLayout, moved
 
 Mask = Tensor | dict | None
 
@@ -65,7 +65,8 @@ def decoder_inputs(
     """What the language model is called with so that its layers compute the rule.
 
     Args:
-        layout: of the tokens of this call, (batch, length); None where the language model's own masks will do.
+        layout: of the tokens of this call, (batch, length), best on the CPU; None where the language model's own masks
+            will do.
         config: the language model's.
         inputs_embeds: (batch, length, width).
         attention_mask: (batch, cached + length), 0 is padding; or masks ready made, which stay as they are.
@@ -78,24 +79,25 @@ def decoder_inputs(
         "position_ids": counted(attention_mask, position_ids, length),
         CACHE: cache,
     }
-    if attention_mask is None and cache is None and position_ids is not None and _starts_again(position_ids):
+    if attention_mask is None and cache is None and position_ids is not None and _is_packed(position_ids, layout):
         # transformers keeps packed documents apart only where no cache is made.
         asked["use_cache"] = False
     ready_made = attention_mask is not None and padding is None
-    if ready_made or layout is None:
+    if ready_made or layout is None or not needs_layout(rule, config, bool(layout.is_media.any()), length, cache):
         return asked
     asked["attention_mask"] = prepare_attention(
         rule, layout, config, inputs_embeds, padding, cache, asked["position_ids"]
     )
     # Behind cached tokens positions are counted over those too, elsewhere.
     if rule.positions is not None and (cache is None or int(cache.get_seq_length()) == 0):
-        asked["position_ids"] = rule.positions(layout)
+        asked["position_ids"] = moved(rule.positions(layout), inputs_embeds.device)
     return asked
 
 
-def _starts_again(position_ids: Tensor) -> bool:
-    """Whether rows hold several documents."""
-    return bool((torch.diff(position_ids) != 1).any())
+def _is_packed(position_ids: Tensor, layout: SequenceLayout | None) -> bool:
+    """Whether rows hold several documents, whose positions restart."""
+    restarts = torch.diff(position_ids) != 1 if layout is None else layout.document > 0
+    return bool(restarts.any())
 
 
 def identify(inputs_embeds: Tensor, embeddings: nn.Module, token_ids: list[int]) -> Tensor:

@@ -138,6 +138,7 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         pixel_values_videos: Tensor | None = None,
         input_features: Tensor | None = None,
         past_key_values: Cache | None = None,
+        layout: SequenceLayout | None = None,
         **kwargs,
     ) -> AkiModelOutput:
         """Embed, encode, put in place, ask the rule, decode.
@@ -159,6 +160,7 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
             pixel_values_videos: (videos, config.video_frames, channels, height, width) float.
             input_features: (audio clips, mel bins, time) float.
             past_key_values: what `cache` is called before transformers 5.24.
+            layout: what these tokens are, where it was found beforehand. On the CPU, nothing has to be read off a GPU.
 
         Raises:
             ValueError: media and placeholders do not fit, or the rule cannot be applied.
@@ -178,12 +180,13 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         shown = with_blanks(self, {name: values for name, values in given.items() if values is not None}, cache)
         features = {name: encode_media(self, name, values).pooler_output for name, values in shown.items()}
         embeds = {name: values for name, values in features.items() if given[name] is not None}
-        inputs_embeds = self._put_media(found, inputs_embeds, features, set(embeds), counted=input_ids is not None)
+        counted = input_ids is not None
+        inputs_embeds = self._put_media(found, inputs_embeds, features, set(embeds), counted, layout)
 
         rule, length = get_rule(attention_rule or self.config.attention_rule), inputs_embeds.shape[1]
-        text_config, layout, padding = self.config.text_config, None, padding_of(attention_mask)
+        text_config, padding = self.config.text_config, padding_of(attention_mask)
         check_behind_cache(rule, length, position_ids, prompt_block_ids, cache)
-        if needs_layout(rule, text_config, bool(embeds), length, cache):
+        if layout is None and needs_layout(rule, text_config, bool(embeds), length, cache):
             opens = opens_ahead(rule, bool(embeds), length)
             layout = self.layout(
                 found,
@@ -212,17 +215,27 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         return identify(inputs_embeds, self.get_input_embeddings(), named)
 
     def _put_media(
-        self, ids: Tensor, inputs_embeds: Tensor, embeds: dict[str, Tensor], given: set[str], counted: bool
+        self,
+        ids: Tensor,
+        inputs_embeds: Tensor,
+        embeds: dict[str, Tensor],
+        given: set[str],
+        counted: bool,
+        layout: SequenceLayout | None,
     ) -> Tensor:
         """What is not given stays in the graph, at no placeholder."""
         for name, media in self.config.media.items():
             placeholders = ids == media.token_id
+            count = (placeholders if layout is None else layout.modality == media.modality).sum()
             if name in embeds:
                 items, tokens, _ = embeds[name].shape
-                check_count(placeholders.sum(), items if name in given else 0, tokens, media.name)
-                inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], embeds[name].to(inputs_embeds))
+                check_count(count, items if name in given else 0, tokens, media.name)
+                # Not masked_scatter, in whose backward the host waits for a GPU.
+                place = (placeholders.flatten().cumsum(0) - 1).clamp(min=0).view(ids.shape)
+                put = nn.functional.embedding(place, embeds[name].flatten(0, 1).to(inputs_embeds))
+                inputs_embeds = torch.where(placeholders[..., None], put, inputs_embeds)
             elif counted and (self.training or ids.shape[1] > 1):
-                check_count(placeholders.sum(), 0, media.tokens_per_item, media.name)
+                check_count(count, 0, media.tokens_per_item, media.name)
         return inputs_embeds
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,7 +23,7 @@ from aki.attention.opening import as_stock
 from aki.attention.unlock import layout_of_batch
 from aki.data.feed import Loader
 from aki.data.report import DataReport
-from aki.layout import IGNORE_INDEX, SequenceLayout
+from aki.layout import IGNORE_INDEX, SequenceLayout, moved
 from aki.models.other import is_aki
 from aki.training.checkpoint import WHOLE, mark_whole
 from aki.training.data import save_position
@@ -64,10 +65,24 @@ class AkiTrainer(Trainer):
         return super()._build_accelerator_args(**kwargs)
 
     def get_train_dataloader(self) -> Any:
-        return super().get_train_dataloader() if self.loader is None else self.loader
+        loader: Any = super().get_train_dataloader() if self.loader is None else self.loader
+        if isinstance(loader, DataLoaderShard):
+            loader.device = None  # `_prepare_inputs` moves batches
+        return loader
+
+    def _prepare_input(self, data: Any) -> Any:
+        """As the Trainer's, which waits for the copy to a GPU."""
+        plain = isinstance(data, Tensor) and not self.is_deepspeed_enabled
+        return moved(data, self.args.device) if plain else super()._prepare_input(data)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As the Trainer's; pictures that come as bytes are normalised where the model is."""
+        """As the Trainer's. What has to be read off a batch is read before it is moved to a GPU, which the host would
+        wait for, and goes with it; pictures that come as bytes are normalised where the model is."""
+        started = time.perf_counter()
+        layout = self._guard(self.model, inputs)
+        self.guard_seconds += time.perf_counter() - started
+        if layout is not None:
+            inputs = self._described(inputs, layout)
         inputs = super()._prepare_inputs(inputs)
         pixels = inputs.get("pixel_values")
         fast = None if self.loader is None else self.loader.feed.collators[0].fast
@@ -161,17 +176,15 @@ class AkiTrainer(Trainer):
         """As the Trainer resumes: what it has for this moment passes over the names that other families save under."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
-        started = time.perf_counter()
-        layout = self._guard(model, inputs)
-        self.guard_seconds += time.perf_counter() - started
-        if layout is not None and (self.label_smoother is not None or self.compute_loss_func is not None):
+    def _described(self, inputs: dict[str, Any], layout: SequenceLayout) -> dict[str, Any]:
+        """With the layout, and the positions that the output layer is run on."""
+        if self.label_smoother is not None or self.compute_loss_func is not None:
             inputs = _without_labels(inputs, layout)
-        # DataParallel would deal positions out to its devices as if they were rows; evaluation gathers all logits.
-        # Other families' losses want the logits of all labels.
-        elif layout is not None and is_aki(model) and model.training and self.args.n_gpu <= 1:
+        # Evaluation gathers all logits, and other families' losses want those of all labels.
+        elif is_aki(self.model) and self.model.training and self.args.n_gpu <= 1:
             inputs = {**inputs, "logits_to_keep": supervised_positions(inputs["labels"])}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        # DataParallel deals out rows, of which neither knows.
+        return inputs if self.args.n_gpu > 1 else {**inputs, "layout": layout}
 
     def _guard(self, model: nn.Module, inputs: dict[str, Any]) -> SequenceLayout | None:
         """As `guard_batch`, which refuses a batch that opens nothing too, unless that is what was drawn."""
