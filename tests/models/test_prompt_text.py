@@ -8,7 +8,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from aki import AkiProcessor
 from aki.attention.prompts import AnswerMarks
-from aki.models.processing import labels_from_prompt_blocks
+from aki.models.answers import labels_from_prompt_blocks
 from aki.models.templates import AKI, CAPTION
 
 SYSTEM_TURN = (
