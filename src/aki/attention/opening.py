@@ -19,7 +19,8 @@ from transformers.utils import is_peft_available
 
 from aki.attention.families import unwrapped
 from aki.attention.prompts import AnswerMarks
-from aki.attention.unlock import is_under, recorded_rule, unlock
+from aki.attention.recorded import recorded_rule
+from aki.attention.unlock import is_under, unlock
 
 logger = logging.getLogger(__name__)
 
