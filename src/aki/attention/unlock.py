@@ -20,12 +20,12 @@ from aki.attention.backends import prepare_attention
 from aki.attention.dense import as_boolean, check_takes_masks, is_prepared, language_model_masks
 from aki.attention.families import CannotUnlock, media_token_ids, text_decoder, underlying_model, unwrapped
 from aki.attention.guard import NothingOpensError, check_no_leak
-from aki.attention.prompts import AnswerMarks
 from aki.attention.recorded import on_saving, record_rule, recorded_rule
 from aki.attention.rules import Rule, get_rule
-from aki.attention.scopes import scope_token_ids
 from aki.compat import given_cache
 from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN, SequenceLayout, build_layout
+from aki.prompts.blocks import AnswerMarks
+from aki.prompts.scopes import scope_token_ids
 
 logger = logging.getLogger(__name__)
 

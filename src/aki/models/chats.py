@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from aki.attention.scopes import SCOPE_PARTS, write_scopes
+from aki.prompts.scopes import SCOPE_PARTS, write_scopes
 
 SOURCES = ("url", "path", "base64")
 """Where a part of a message may have its picture or clip, beside the field that is named as its type."""

@@ -15,7 +15,6 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoInput
 
-from aki.attention.scopes import check_scopes
 from aki.models.answers import of_this_thread, prompt_blocks, tokens_in
 from aki.models.chats import Openers, begun, prepare
 from aki.models.clips import ClipError, open_audio, open_video, pick_frames
@@ -25,6 +24,7 @@ from aki.models.remote import SavedProcessor
 from aki.models.template_limits import check_templates
 from aki.models.templates import ANSWER_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN
 from aki.models.weights import check_sizes
+from aki.prompts.scopes import check_scopes
 
 
 class AkiProcessor(SavedProcessor):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from aki.attention.families import media_token_ids
-from aki.attention.prompts import AnswerMarks
 from aki.attention.rules import Rule, get_rule
-from aki.attention.scopes import scope_token_ids
 from aki.attention.segments import segments
 from aki.layout import SequenceLayout, build_layout
 from aki.models.adapters import rule_of_adapter
 from aki.models.templates import ANSWER_TOKEN
+from aki.prompts.blocks import AnswerMarks
+from aki.prompts.scopes import scope_token_ids
 
 _rule_of_adapter = lru_cache(maxsize=1024)(rule_of_adapter)  # asked for every request
 
