@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -16,8 +18,12 @@ from aki.models.other import (
     decoder_path,
     model_on_meta,
     modules_beside_decoder,
+    parameters_of,
 )
-from aki.training.recipe import KINDS_OF_ADAPTERS, AdapterRecipe, QuantizationRecipe, RecipeError
+from aki.training.recipe import KINDS_OF_ADAPTERS, AdapterRecipe, QuantizationRecipe, Recipe, RecipeError, StageRecipe
+
+_EVERY = "all-linear"
+"""PEFT's word for every linear layer but the output layer."""
 
 
 def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> Any:
@@ -27,13 +33,15 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> A
         belongs_to: folder or hub id of the model, which the adapter's folder names; None for counting.
 
     Raises:
-        RecipeError: PEFT is not there, or does not take these fields.
+        RecipeError: PEFT is not there, or does not take these fields, or a module that they name is not in the model.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise RecipeError("adapter needs PEFT: pip install 'aki-mma[adapter]'.") from error
     saved = [name for one in recipe.modules_to_save for name in (connectors_of(model) if one == "connector" else [one])]
+    _check_modules(model, recipe, saved)
+    targets = list(recipe.target_modules) or language_linears(model)
     try:
         config = LoraConfig(
             # With one, what is written into auto_mapping (the rule) stays there.
@@ -41,7 +49,7 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> A
             r=recipe.r,
             lora_alpha=recipe.alpha,
             lora_dropout=recipe.dropout,
-            target_modules=list(recipe.target_modules) or language_linears(model),
+            target_modules=_EVERY if _EVERY in recipe.target_modules else targets,
             modules_to_save=saved or None,
             base_model_name_or_path=belongs_to,
             **KINDS_OF_ADAPTERS[recipe.kind],
@@ -53,6 +61,40 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> A
         return wrapped
     except (TypeError, ValueError) as error:
         raise RecipeError(f"PEFT does not take this adapter: {error}") from error
+
+
+def _check_modules(model: nn.Module, recipe: AdapterRecipe, saved: Sequence[str]) -> None:
+    """PEFT passes over a name that is in no model, as long as another is.
+
+    Raises:
+        RecipeError: a module that is not in the model; the nearest is named.
+    """
+    names = [name for name, _ in base_of(model).named_modules() if name]
+    if "connector" in recipe.modules_to_save and not connectors_of(model):
+        raise RecipeError("adapter.modules_to_save: no module here could be told to be the connector: name it.")
+    for field, given in (("modules_to_save", saved), ("target_modules", recipe.target_modules)):
+        for one in given:
+            if one != _EVERY and not any(name == one or name.endswith(f".{one}") for name in names):
+                near = get_close_matches(one, sorted({name.rpartition(".")[2] for name in names}), n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise RecipeError(f"adapter.{field}: no module of this model is called {one!r}.{hint}")
+
+
+def freeze(model: Any, recipe: Recipe, stage: StageRecipe) -> None:
+    """Let the parts that a stage names stay as they are.
+
+    Raises:
+        RecipeError: the adapter is in one of them.
+    """
+    parts = parameters_of(model)
+    for part in stage.frozen:
+        if recipe.adapter is not None and any(parameter.requires_grad for parameter in parts[part]):
+            raise RecipeError(
+                f"frozen names {part}, where the adapter would be trained: below an adapter a model's own weights stay "
+                "as they are, so leave it out of frozen."
+            )
+        for parameter in parts[part]:
+            parameter.requires_grad_(False)
 
 
 def language_linears(model: nn.Module) -> str:

@@ -30,9 +30,9 @@ from aki.data.shards import ShardMixture
 from aki.files import alone, write_json
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
-from aki.models.other import base_of, is_aki, parameters_of
+from aki.models.other import base_of, is_aki
 from aki.prompts.blocks import PromptBlockWriter
-from aki.training.adapting import quantization_config, with_adapter
+from aki.training.adapting import freeze, quantization_config, with_adapter
 from aki.training.data import REPORT, counted, load_position, open_samples, stage_collators, stage_loader, texts
 from aki.training.folder import RESULT, Begun, RunError, begin, first_process, relevant, sealed_weights, training_folder
 from aki.training.held_out import HeldOut, held_out
@@ -249,9 +249,7 @@ def stage_trainer(
     if recipe.adapter is not None and model is whole:
         model = with_adapter(model, recipe.adapter, _belongs_to(job))
     set_rule(model, collator.processor, stage.rule, recipe.attention)
-    parts = parameters_of(model)
-    for parameter in (parameter for part in stage.frozen for parameter in parts[part]):
-        parameter.requires_grad_(False)
+    freeze(model, recipe, stage)
     settles = "vision_encoder" in stage.frozen and is_aki(model)
     data: dict[str, Any]
     if samples is None:
