@@ -54,8 +54,12 @@ def _merged(folder: str | Path, dtype: torch.dtype | str, options: dict[str, Any
     except ImportError as error:
         raise RuntimeError(f"{folder} holds an adapter, which PEFT opens: pip install 'aki-mma[adapter]'.") from error
     model, _ = load_any(str(adapter_of(folder)), dtype, **options)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with as_stock():
         merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    # PEFT leaves all but what it saved whole frozen.
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad_(name in learning)
     rule = rule_of_adapter(folder)
     if rule is not None:
         merged.config.attention_rule = rule
