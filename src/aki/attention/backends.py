@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -37,21 +37,31 @@ def attention(
         (batch, queries, heads, width), and None for the weights.
 
     Raises:
-        ValueError: a layer asks for what segments cannot have: dropout, soft-capping, sinks, a position bias.
+        ValueError: a layer asks for what cannot be had here: soft-capping, sinks; of segments dropout, a position bias.
     """
-    if not is_plan(attention_mask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    refused += ["dropout"] if dropout else []
+    asked, names = {**kwargs, "dropout": dropout or None}, ("softcap", "s_aux")
+    if is_plan(attention_mask):
+        names += ("position_bias", "dropout")
+    refused = [name for name in names if asked.get(name) is not None]
     if refused:
         raise ValueError(
-            f"attention by segments cannot compute {', '.join(refused)}, which this language model asks for: load it "
-            "with attn_implementation='eager'."
+            f"attention here cannot compute {', '.join(refused)}, which this language model asks for: load it with "
+            "attn_implementation='eager'."
         )
+    if not is_plan(attention_mask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     # As scaled_dot_product_attention: rotary embeddings leave query and key in float32.
     query, key, value = (x.to(computed_in(query)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return segment_attention(query, key, value, attention_mask, scale).transpose(1, 2), None
+
+
+def settle(decoder: PreTrainedModel) -> None:
+    """A decoder whose layers ask for what sdpa does not compute (caps, sinks) keeps its own eager attention."""
+    if decoder.config._attn_implementation in BACKENDS and not decoder._supports_sdpa:
+        name = type(decoder).__name__
+        announce(Choice("dense", f"sdpa does not compute {name}'s attention (caps, sinks), its own eager one does"))
+        decoder.config._attn_implementation = {"": "eager"}
 
 
 def takes_prepared(config: PreTrainedConfig, cache: Cache | None) -> bool:
