@@ -16,6 +16,7 @@ from aki.attention.backends import attention
 from aki.attention.choice import announce, choose, unfit
 from aki.attention.kernels import no_kernel, segment_attention
 from aki.attention.segments import decode, segments
+from aki.compat import CACHE
 from aki.layout import build_layout
 from aki.training.trainer import guard_batch
 
@@ -159,6 +160,25 @@ def test_what_the_kernels_cannot_takes_the_dense_mask_and_says_why(caplog):
     with caplog.at_level(logging.INFO, "aki.attention.choice"):
         same_gradients(build("segments", attention_dropout=0.1).eval(), build("sdpa"), train=False)
     assert "dense attention: it drops out scores" in caplog.text
+
+
+def test_every_way_to_the_dense_mask_says_its_reason_once(caplog):
+    announce.cache_clear()
+    inputs, cut = batch("left"), 40
+    pictures = {"input_ids": inputs["input_ids"][:1, :cut], "pixel_values": inputs["pixel_values"][:1]}
+    with caplog.at_level(logging.INFO, "aki.attention.choice"), torch.no_grad():
+        for _ in range(2):
+            build("eager")(**inputs)
+            build("segments", "gemma3_text", **MODELS["gemma3_text"])(**inputs)
+            model = build("segments")
+            cache = getattr(model(inputs["input_ids"][:1, :5] % IMAGE, use_cache=True), CACHE)
+            model(**pictures, **{CACHE: cache})
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("dense")]
+    assert said == [
+        "dense attention: attn_implementation is 'eager'",
+        "dense attention: the batch is longer than the window of layers of kind sliding_attention",
+        "dense attention: tokens are cached",
+    ]
 
 
 ONLY_EAGER = {

@@ -93,6 +93,8 @@ def prepare_attention(
         return language_model_masks(rule, layout.to(inputs_embeds.device), *dense_arguments)
 
     if not takes_prepared(config, past_key_values):
+        name = config._attn_implementation
+        announce(Choice("dense", "tokens are cached" if name in BACKENDS else f"attn_implementation is {name!r}"))
         return dense()
     found = tuple(segments(rule, layout))
     reason = unfit(config, inputs_embeds.device, computed_in(inputs_embeds), layout.shape[1])
@@ -108,9 +110,14 @@ def prepare_attention(
     plan, full = encode(found), sees_everything(config, layout.shape[1])
     if getattr(config, "layer_types", None) is None:
         return plan
-    masks = {} if all(full.values()) else dense()
+    plans: dict[str, Tensor] = {kind: plan for kind, sees_all in full.items() if sees_all}
+    if len(plans) == len(full):
+        return plans
+    windowed = ", ".join(sorted(full.keys() - plans.keys()))
+    announce(Choice("dense", f"the batch is longer than the window of layers of kind {windowed}"))
+    masks = dense()
     assert isinstance(masks, dict)
-    return {kind: plan if sees_all else masks[kind] for kind, sees_all in full.items()}
+    return masks | plans
 
 
 for _name in BACKENDS:
