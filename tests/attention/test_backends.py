@@ -121,6 +121,15 @@ def test_a_compiled_language_model_changes_nothing():
     same_gradients(ours, build("segments"))
 
 
+def test_a_causal_model_compiles_whole():
+    """Asking for the rule by its name is no part of the graph."""
+    model, ids = build("sdpa"), torch.randint(3, 90, (1, 8), generator=torch.Generator().manual_seed(0))
+    model.config.attention_rule = "causal"
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_under_autocast_it_is_as_near_as_the_dense_mask():
     inputs = batch("right")
     with torch.no_grad():

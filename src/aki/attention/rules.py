@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache, cached_property, reduce
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -83,17 +83,23 @@ class Rule:
         ruled = self.allows(layout, b, q, k) & (q_document == k_document)
         return torch.where(q_document < 0, k <= q, ruled) & (k_document >= 0)
 
-    @cached_property
+    @property
     def changes_text(self) -> bool:
         """Whether it is more, or less, than causal attention where there is no media: on two turns of text."""
-        block = torch.tensor([[0, 0, -1, -1, 1, 1]], device="cpu")
-        text, none = torch.zeros_like(block), torch.full_like(block, -1)
-        layout = SequenceLayout(text, text, none, block, ring=none)
-        token = torch.arange(6, device="cpu")
-        q, k = token[:, None], token
-        return not torch.equal(self.allows(layout, torch.zeros_like(q), q, k), k <= q)
+        return _changes_text(self)
 
 
+@cache
+def _changes_text(rule: Rule) -> bool:
+    block = torch.tensor([[0, 0, -1, -1, 1, 1]], device="cpu")
+    text, none = torch.zeros_like(block), torch.full_like(block, -1)
+    token = torch.arange(6, device="cpu")
+    q, k = token[:, None], token
+    allowed = rule.allows(SequenceLayout(text, text, none, block, ring=none), torch.zeros_like(q), q, k)
+    return not torch.equal(allowed, k <= q)
+
+
+@torch.compiler.assume_constant_result
 def get_rule(name: str) -> Rule:
     """The rule of that name; `a+b` opens what either opens, and numbers the tokens as the first that does.
 
