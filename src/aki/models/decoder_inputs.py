@@ -84,7 +84,7 @@ def decoder_inputs(
         # transformers keeps packed documents apart only where no cache is made.
         asked["use_cache"] = False
     ready_made = attention_mask is not None and padding is None
-    if ready_made or layout is None or not needs_layout(rule, config, bool(layout.is_media.any()), length, cache):
+    if ready_made or layout is None or not needs_layout(rule, config, True, length, cache):
         return asked
     asked["attention_mask"] = prepare_attention(
         rule, layout, config, inputs_embeds, padding, cache, asked["position_ids"]
