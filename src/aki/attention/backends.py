@@ -39,9 +39,8 @@ def attention(
     Raises:
         ValueError: a layer asks for what cannot be had here: soft-capping, sinks; of segments dropout, a position bias.
     """
-    asked, names = {**kwargs, "dropout": dropout or None}, ("softcap", "s_aux")
-    if is_plan(attention_mask):
-        names += ("position_bias", "dropout")
+    asked = {**kwargs, "dropout": dropout or None}
+    names = ["softcap", "s_aux", *(("position_bias", "dropout") if is_plan(attention_mask) else ())]
     refused = [name for name in names if asked.get(name) is not None]
     if refused:
         raise ValueError(
