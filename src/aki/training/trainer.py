@@ -53,6 +53,10 @@ class AkiTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs, **({} if loader is None else {"train_dataset": loader.feed}))
+        if self.is_deepspeed_enabled:
+            # What is saved is whole, also of the third stage.
+            zero = self.accelerator.deepspeed_plugin.deepspeed_config.setdefault("zero_optimization", {})
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
         self.score, self.loader = score, loader
         self.guard_seconds = 0.0
         self.may_open_nothing, self.opened, self.shut = may_open_nothing, False, 0
@@ -174,7 +178,10 @@ class AkiTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """As the Trainer resumes: what it has for this moment passes over the names that other families save under."""
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _described(self, inputs: dict[str, Any], layout: SequenceLayout) -> dict[str, Any]:
         """With the layout, and the positions that the output layer is run on."""

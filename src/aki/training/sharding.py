@@ -1,0 +1,88 @@
+"""Models in shards, of FSDP or of DeepSpeed: where a run then goes another way than with the whole model in a process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate.utils import DistributedType, parse_flag_from_env
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from aki.training.data import ResumeError
+from aki.training.recipe import RecipeError
+
+_WHOLE, _FSDP, _DEEPSPEED = "whole weights", "shards of FSDP", "shards of DeepSpeed"
+_ON_CPU = (DistributedType.NO, DistributedType.MULTI_CPU)
+
+
+def shards_anything(arguments: TrainingArguments) -> bool:
+    """Whether all processes have to meet in every part of the model in each step: in weights, or in gradients."""
+    return _kind(arguments) != _WHOLE
+
+
+def shards_weights(arguments: TrainingArguments) -> bool:
+    """Whether a process holds some of the weights alone, so that all have to take part wherever the model is run."""
+    kind = _kind(arguments)
+    return kind == _FSDP or (kind == _DEEPSPEED and arguments.deepspeed_plugin.zero_stage == 3)
+
+
+def check_shards(arguments: TrainingArguments) -> None:
+    """
+    Raises:
+        RecipeError: DeepSpeed on CPU, where accelerate connects no processes for it.
+    """
+    if arguments.deepspeed_plugin is not None and arguments.distributed_state.distributed_type in _ON_CPU:
+        raise RecipeError(
+            "trainer.deepspeed needs accelerators: accelerate connects processes on CPU for plain data parallel "
+            "training alone, so take it out of the recipe there."
+        )
+
+
+def check_resumes(checkpoint: Path | None, arguments: TrainingArguments) -> None:
+    """
+    Raises:
+        ResumeError: a checkpoint in shards that do not fit this number of processes.
+    """
+    if checkpoint is None:
+        return
+    then, now = _kind_of(checkpoint), _kind(arguments)
+    ranks = len(list(checkpoint.glob("unlogged-*.json")))
+    if then != now or (now == _DEEPSPEED and ranks != arguments.world_size):
+        raise ResumeError(
+            f"{checkpoint} holds {then} of {ranks} process(es), and {arguments.world_size} process(es) with {now} "
+            f"cannot go on from them: start {ranks} again."
+        )
+
+
+@contextmanager
+def whole_models(arguments: TrainingArguments) -> Iterator[None]:
+    """Load whole models, where transformers would shard each as it is made, also those that only count their weights.
+
+    The Trainer shards the one that is trained.
+    """
+    plugin = arguments.deepspeed_plugin
+    config = getattr(arguments, "hf_deepspeed_config", None) or getattr(plugin, "dschf", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
+
+
+def _kind(arguments: TrainingArguments) -> str:
+    if arguments.deepspeed_plugin is not None:
+        return _DEEPSPEED
+    asked = bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    return _FSDP if asked and arguments.distributed_state.distributed_type not in _ON_CPU else _WHOLE
+
+
+def _kind_of(checkpoint: Path) -> str:
+    """By the files that the Trainer writes."""
+    if (checkpoint / "latest").exists():
+        return _DEEPSPEED
+    return _FSDP if any(checkpoint.glob("pytorch_model_fsdp*")) else _WHOLE
