@@ -1,14 +1,20 @@
-"""Models in shards, of FSDP or of DeepSpeed: where a run then goes another way than with the whole model in a process."""
+"""Models in shards, of FSDP or of DeepSpeed: what a run then does otherwise than with a whole one in each process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import TrainingArguments
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import (
+    is_deepspeed_available,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from aki.training.data import ResumeError
 from aki.training.recipe import RecipeError
@@ -28,16 +34,20 @@ def shards_weights(arguments: TrainingArguments) -> bool:
     return kind == _FSDP or (kind == _DEEPSPEED and arguments.deepspeed_plugin.zero_stage == 3)
 
 
-def check_shards(arguments: TrainingArguments) -> None:
+def training_arguments(values: dict[str, Any]) -> TrainingArguments:
     """
     Raises:
-        RecipeError: DeepSpeed on CPU, where accelerate connects no processes for it.
+        RecipeError: DeepSpeed is not there, or has no accelerators to run on.
     """
+    if values.get("deepspeed") and not is_deepspeed_available():
+        raise RecipeError("trainer.deepspeed needs DeepSpeed: pip install deepspeed.")
+    arguments = TrainingArguments(**values)
     if arguments.deepspeed_plugin is not None and arguments.distributed_state.distributed_type in _ON_CPU:
         raise RecipeError(
-            "trainer.deepspeed needs accelerators: accelerate connects processes on CPU for plain data parallel "
-            "training alone, so take it out of the recipe there."
+            "trainer.deepspeed needs accelerators: on CPU accelerate connects processes for plain data parallel "
+            "training alone. Take it out of the recipe there."
         )
+    return arguments
 
 
 def check_resumes(checkpoint: Path | None, arguments: TrainingArguments) -> None:
@@ -72,6 +82,32 @@ def whole_models(arguments: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(config)
+
+
+def complete_states(optimizer: torch.optim.Optimizer) -> None:
+    """Begin the states of trained parameters that no loss has reached yet (a pooling head's), which FSDP asks for when
+    it resumes.
+
+    By a step of theirs alone, without gradients, at a rate of 0, as torch begins those of all.
+    """
+    missing = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad and parameter not in optimizer.state
+    ]
+    if not missing:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for parameter in missing:
+        parameter.grad = torch.zeros_like(parameter)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = torch.zeros_like(rate) if isinstance(rate, torch.Tensor) else 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter in missing:
+        parameter.grad = None
 
 
 def _kind(arguments: TrainingArguments) -> str:

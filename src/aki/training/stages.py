@@ -49,7 +49,7 @@ from aki.training.model import build_model
 from aki.training.predictions import PREDICTIONS, WithoutMedia, majority, summary, write_predictions
 from aki.training.recipe import Recipe, RecipeError
 from aki.training.scoring import accuracy_by_skill, answers_right
-from aki.training.sharding import check_resumes, check_shards, shards_anything, shards_weights, whole_models
+from aki.training.sharding import check_resumes, shards_anything, shards_weights, training_arguments, whole_models
 from aki.training.start import check_start, has_scopes, learn_scopes, load_start, set_rule
 from aki.training.trainer import AkiTrainer, Progress, replace_progress
 from aki.training.view import training_scenes
@@ -240,9 +240,7 @@ def stage_arguments(job: Job) -> TrainingArguments:
         "accelerator_config": {"dispatch_batches": False},
         "include_num_input_tokens_seen": "non_padding",
     }
-    arguments = TrainingArguments(**unless_said | recipe.trainer | owned)
-    check_shards(arguments)
-    return arguments
+    return training_arguments(unless_said | recipe.trainer | owned)
 
 
 def stage_trainer(

@@ -27,6 +27,7 @@ from aki.layout import IGNORE_INDEX, SequenceLayout, moved
 from aki.models.other import is_aki
 from aki.training.checkpoint import WHOLE, mark_whole
 from aki.training.data import save_position
+from aki.training.sharding import complete_states
 
 NEVER_OPENS = 100
 """Batches with media that open nothing, after which a stage is taken for one that never opens anything."""
@@ -125,6 +126,11 @@ class AkiTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             mark_whole(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            complete_states(getattr(self.optimizer, "optimizer", self.optimizer))
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As the Trainer's, which passes over weights that a family saves under the names of its published files."""

@@ -1,0 +1,146 @@
+"""Recipes on several processes: AKI and another family, whole or by an adapter, by DDP, FSDP2 and DeepSpeed's ZeRO.
+
+accelerate shards models on accelerators alone. Here it is told that CPUs are some (`as_accelerators`): what shards,
+gathers, saves and resumes is all theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from families import WORDS, write_model
+from safetensors import safe_open
+from test_adapting import logits
+from test_pretrained import data, recipe, run  # noqa: F401
+from two_processes import as_accelerators, on_two
+
+from aki.apps.loading import load
+from aki.models.other import base_of
+from aki.training import stages
+from aki.training.model import build_model, tiny
+from aki.training.recipe import AdapterRecipe, DataRecipe, ModelRecipe, load_recipe
+from aki.training.start import load_start
+
+LAYERS = {"aki": ["Phi3DecoderLayer", "SiglipEncoderLayer"], "llava": ["LlamaDecoderLayer", "CLIPEncoderLayer"]}
+AUTO = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp": "FSDP", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
+
+
+@pytest.fixture(params=["ddp", "fsdp", "zero2", "zero3"])
+def way(request):
+    if request.param.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_model("llava", folder / "llava")
+    torch.manual_seed(0)
+    for part in build_model(tiny(load_recipe("aki-4b/sft")), WORDS * 5):
+        part.save_pretrained(folder / "aki")
+    return folder
+
+
+@pytest.fixture
+def of(recipe, models):  # noqa: F811
+    """(family, whole or adapter) -> a recipe of four samples a step, on up to four processes.
+
+    Rows are fed one by one, so that some processes have no picture where others have one.
+    """
+
+    def make(family, kind):
+        stage = replace(recipe.sft, batch_size=1, gradient_accumulation_steps=2)
+        adapter = AdapterRecipe(r=2, alpha=4, modules_to_save=("connector",)) if kind == "adapter" else None
+        model = ModelRecipe(pretrained=str(models / family))
+        return replace(recipe, model=model, devices=2, data=DataRecipe(), sft=stage, adapter=adapter)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Recipe -> the folder of its run on one process, which is run once."""
+    folders = {}
+
+    def of(recipe):  # noqa: F811
+        name = json.dumps([recipe.model.pretrained, recipe.adapter is None])
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("alone") / "run"
+            run(recipe, folders[name])
+        return folders[name]
+
+    return of
+
+
+def shared(recipe, family, way):  # noqa: F811
+    """The recipe with what it says of sharding."""
+    if way == "fsdp":
+        return replace(recipe, fsdp={"transformer_layer_cls_to_wrap": LAYERS[family]})
+    if way.startswith("zero"):
+        zero = {"zero_optimization": {"stage": int(way[-1])}, "zero_allow_untested_optimizer": True}
+        return replace(recipe, trainer={"use_cpu": False, "deepspeed": AUTO | zero})
+    return recipe
+
+
+def train(recipe, way, folder, scratch, ranks=2, resume=False):  # noqa: F811
+    """Losses of a run on several processes, which has to be wrapped as `way` says."""
+
+    def on_rank():
+        if way != "ddp":
+            as_accelerators()
+        save, wrappers = stages._save, []
+        stages._save = lambda job, trainer, *rest: (
+            wrappers.append(type(trainer.model_wrapped).__name__),
+            save(job, trainer, *rest),
+        )
+        return run(recipe, folder, resume=resume)["losses"], wrappers
+
+    ((losses, (wrapper,)), *others) = on_two(on_rank, scratch, ranks)
+    assert wrapper.startswith(WRAPPERS[way])
+    assert all(other == losses for other, _ in others)
+    return losses
+
+
+def cut(folder, copy):
+    """A copy of a run that was killed after its second of four steps."""
+    shutil.copytree(folder, copy)
+    (copy / "result.json").unlink()
+    shutil.rmtree(copy / "training/checkpoint-4")
+    return copy
+
+
+def losses_of(folder):
+    return json.loads((folder / "result.json").read_text())["losses"]
+
+
+def near(losses):
+    return [[step, pytest.approx(loss, abs=2e-5)] for step, loss in losses]
+
+
+def shapes(folder):
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, "pt") as found:
+        return {name: found.get_slice(name).get_shape() for name in found.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+@pytest.mark.parametrize("family", ["aki", "llava"])
+def test_as_on_one_process(family, kind, way, of, alone, models, data, tmp_path):  # noqa: F811
+    """Losses, whole weights under the rule, and the losses again of a run that was cut off."""
+    recipe = of(family, kind)  # noqa: F811
+    one, two = alone(recipe), tmp_path / "two"
+    recipe = shared(recipe, family, way)
+    found = train(recipe, way, two, tmp_path)
+    assert found == near(losses_of(one))
+    assert shapes(two) == shapes(one)
+    opened, expected = load(two)[0], load(one)[0]
+    assert base_of(opened).config.attention_rule == "mma"
+    _, processor = load_start(models / family)
+    torch.testing.assert_close(logits(opened, processor, data), logits(expected, processor, data), atol=1e-3, rtol=1e-3)
+    assert train(recipe, way, cut(two, tmp_path / "cut"), tmp_path, resume=True) == found
