@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -65,6 +66,8 @@ def on_two(run: Callable[[], Any], folder: Path, ranks: int = RANKS) -> list[Any
 def _rank(run: Callable[[], Any], rank: int, ranks: int, port: int, file: Path) -> None:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
     os.environ |= {name: str(value) for name, value in where.items()}
+    # What the fork took over stays, and looking through it takes seconds.
+    gc.freeze()
     for state in (PartialState, AcceleratorState, GradientState):
         state._reset_state()
     try:
