@@ -21,8 +21,9 @@ from two_processes import as_accelerators, on_two
 from aki.apps.loading import load
 from aki.models.other import base_of
 from aki.training import stages
+from aki.training.data import ResumeError
 from aki.training.model import build_model, tiny
-from aki.training.recipe import AdapterRecipe, DataRecipe, ModelRecipe, load_recipe
+from aki.training.recipe import AdapterRecipe, DataRecipe, ModelRecipe, RecipeError, load_recipe
 from aki.training.start import load_start
 
 LAYERS = {"aki": ["Phi3DecoderLayer", "SiglipEncoderLayer"], "llava": ["LlamaDecoderLayer", "CLIPEncoderLayer"]}
@@ -88,10 +89,16 @@ def shared(recipe, family, way):  # noqa: F811
     return recipe
 
 
-def train(recipe, way, folder, scratch, ranks=2, resume=False):  # noqa: F811
-    """Losses of a run on several processes, which has to be wrapped as `way` says."""
+def train(recipe, way, folder, scratch, ranks=2, resume=False, before=None):  # noqa: F811
+    """Losses of a run on several processes, which has to be wrapped as `way` says.
+
+    Args:
+        before: called on each of them first.
+    """
 
     def on_rank():
+        if before is not None:
+            before()
         if way != "ddp":
             as_accelerators()
         save, wrappers = stages._save, []
@@ -148,3 +155,81 @@ def test_as_on_one_process(family, kind, way, of, alone, models, data, tmp_path)
     again = cut(two, tmp_path / "cut")
     assert train(recipe, way, again, tmp_path, resume=True) == found
     torch.testing.assert_close(weights(again), weights(two), atol=0, rtol=0)
+
+
+def refused(recipe, way, folder, scratch, ranks):  # noqa: F811
+    """The sentence that ends a resumed run on so many processes."""
+
+    def on_rank():
+        if way != "ddp":
+            as_accelerators()
+        with pytest.raises(ResumeError) as refusal:
+            run(recipe, folder, resume=True)
+        return str(refusal.value)
+
+    return on_two(on_rank, scratch, ranks)[0]
+
+
+def test_another_number_of_processes(of, alone, tmp_path):
+    """Whole weights in each process go on on any number; those of FSDP and DeepSpeed do not go on from them."""
+    recipe = of("llava", "adapter")  # noqa: F811
+    one = alone(recipe)
+    found = train(recipe, "ddp", cut(one, tmp_path / "on-two"), tmp_path, resume=True)
+    assert found == near(losses_of(one))
+    run(recipe, cut(tmp_path / "on-two", tmp_path / "on-one"), resume=True)
+    assert losses_of(tmp_path / "on-one") == near(found)
+    # As a run by FSDP on one process leaves it, which had nothing to shard.
+    run(shared(recipe, "llava", "fsdp"), tmp_path / "to-shard")
+    folder = cut(tmp_path / "to-shard", tmp_path / "sharded")
+    said = refused(shared(recipe, "llava", "fsdp"), "fsdp", folder, tmp_path, 2)
+    assert "holds whole weights of 1 process(es), and 2 process(es) with shards of FSDP cannot go on" in said
+
+
+@pytest.mark.parametrize("way", ["fsdp", "zero2"], indirect=True)
+def test_another_number_of_shards(way, of, alone, tmp_path):
+    """FSDP cuts anew; DeepSpeed does not, and one process alone has no shards."""
+    recipe = of("aki", "whole")  # noqa: F811
+    one, recipe = alone(recipe), shared(recipe, "aki", way)
+    train(recipe, way, tmp_path / "two", tmp_path)
+    names = {"fsdp": "FSDP", "zero2": "DeepSpeed"}
+    said = refused(recipe, way, cut(tmp_path / "two", tmp_path / "on-one"), tmp_path, 1)
+    assert f"holds shards of {names[way]} of 2 process(es), and 1 process(es) with" in said
+    assert said.endswith("cannot go on from them: start 2 again.")
+    if way == "fsdp":
+        found = train(recipe, way, cut(tmp_path / "two", tmp_path / "four"), tmp_path, ranks=4, resume=True)
+        assert found == near(losses_of(one))
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "zero3"], indirect=True)
+def test_held_out_questions_and_the_best_checkpoint(way, of, recipe, alone, tmp_path):  # noqa: F811
+    """Scored while it is in shards, and saved as it was at its best."""
+    asked = recipe.data
+    recipe = of("llava", "whole")
+    one = losses_of(alone(recipe))
+    recipe = replace(recipe, data=asked, sft=replace(recipe.sft, eval_every=1, save_every=1, patience=1))
+    recipe = shared(recipe, "llava", way)
+    scores = iter([0.5, 0.1])
+
+    def scored():
+        stages.accuracy_by_skill = lambda *rest, **more: measured(*rest, **more) | {"accuracy": next(scores, 0.2)}
+
+    measured = stages.accuracy_by_skill
+    found = train(recipe, way, tmp_path / "run", tmp_path, before=scored)
+    assert found == near(one[:2])
+    saved, best = weights(tmp_path / "run"), weights(tmp_path / "run/training/checkpoint-1")
+    torch.testing.assert_close(saved, best, atol=0, rtol=0)
+    predictions = tmp_path / "run/predictions.jsonl"
+    assert predictions.exists() == (way == "ddp")
+
+
+def test_deepspeed_on_cpu_is_refused(of, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
+    recipe = shared(of("aki", "whole"), "aki", "zero2")  # noqa: F811
+    with pytest.raises(RecipeError, match="needs accelerators: on CPU accelerate connects"):
+        run(recipe, tmp_path)
+
+
+def test_deepspeed_that_is_not_there_is_named(of, tmp_path, monkeypatch):
+    monkeypatch.setattr("aki.training.sharding.is_deepspeed_available", lambda: False)
+    with pytest.raises(RecipeError, match="pip install deepspeed"):
+        run(shared(of("aki", "whole"), "aki", "zero2"), tmp_path)
