@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from test_pretrained import data, recipe, run  # noqa: F401
 from two_processes import as_accelerators, on_two
 
 from aki.apps.loading import load
+from aki.data.feed import Position
+from aki.layout import IGNORE_INDEX
 from aki.models.other import base_of
 from aki.training import stages
 from aki.training.data import ResumeError
@@ -233,3 +236,51 @@ def test_deepspeed_that_is_not_there_is_named(of, tmp_path, monkeypatch):
     monkeypatch.setattr("aki.training.sharding.is_deepspeed_available", lambda: False)
     with pytest.raises(RecipeError, match="pip install deepspeed"):
         run(shared(of("aki", "whole"), "aki", "zero2"), tmp_path)
+
+
+@pytest.mark.parametrize("way", ["fsdp"], indirect=True)
+def test_losses_keep_their_digits_in_bfloat16(way, of, tmp_path):
+    recipe = replace(of("aki", "whole"), bf16=True)  # noqa: F811
+    run(recipe, tmp_path / "one")
+    found = train(shared(recipe, "aki", way), way, tmp_path / "two", tmp_path)
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in losses_of(tmp_path / "one")], abs=1e-3)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_no_batch_lacks_pictures(packing, models, of, data):  # noqa: F811
+    """What joins a batch of text leaves all else of it as it is, and its loss too."""
+    recipe = of("llava", "whole")  # noqa: F811
+    stage = replace(recipe.sft, packing=packing, row_tokens=48, max_length=48)
+    model, processor = load_start(models / "llava")
+    stages.set_rule(model.train(), processor, "mma", "eager")
+    samples = stages.open_samples(recipe, stage, 1, {})
+    collators = stages.stage_collators(processor, stage)
+    joined, plain = (
+        islice(stages.stage_loader(samples, collators, recipe, stage, 0, 1, Position(), meets=meets), 30)
+        for meets in (True, False)
+    )
+    lacking = 0
+    for ours, theirs in zip(joined, plain, strict=True):
+        if "pixel_values" in theirs:
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+            continue
+        lacking += 1
+        rows, tokens = theirs["input_ids"].shape
+        assert torch.equal(ours["input_ids"][:rows, :tokens], theirs["input_ids"])
+        assert bool((ours["labels"][rows:] == IGNORE_INDEX).all())
+        assert len(ours["pixel_values"]) == 1
+        with torch.no_grad():
+            torch.testing.assert_close(model(**ours).loss, model(**theirs).loss)
+    assert lacking > 1
+
+
+def test_a_kind_of_media_that_comes_too_late_is_named(models, of):
+    recipe = of("llava", "whole")  # noqa: F811
+    _, processor = load_start(models / "llava")
+    samples = stages.open_samples(recipe, recipe.sft, 1, {})
+    collators = stages.stage_collators(processor, recipe.sft)
+    loader = stages.stage_loader(samples, collators, recipe, recipe.sft, 0, 1, Position(), meets=True)
+    loader.feed.spares = []
+    with pytest.raises(ValueError, match="a sample has pixel_values, which none of the first ones had"):
+        list(islice(loader, 30))

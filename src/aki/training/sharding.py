@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import (
     is_deepspeed_available,
@@ -82,6 +83,12 @@ def whole_models(arguments: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(config)
+
+
+def keep_loss(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Leave outputs as the model makes them: accelerate has them rounded, and so the loss is one of three digits."""
+    if hasattr(plugin.mixed_precision_policy, "output_dtype"):  # FSDP2's
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def complete_states(optimizer: torch.optim.Optimizer) -> None:

@@ -27,7 +27,7 @@ from aki.layout import IGNORE_INDEX, SequenceLayout, moved
 from aki.models.other import is_aki
 from aki.training.checkpoint import WHOLE, mark_whole
 from aki.training.data import save_position
-from aki.training.sharding import complete_states
+from aki.training.sharding import complete_states, keep_loss
 
 NEVER_OPENS = 100
 """Batches with media that open nothing, after which a stage is taken for one that never opens anything."""
@@ -58,6 +58,8 @@ class AkiTrainer(Trainer):
             # What is saved is whole, also of the third stage.
             zero = self.accelerator.deepspeed_plugin.deepspeed_config.setdefault("zero_optimization", {})
             zero["stage3_gather_16bit_weights_on_model_save"] = True
+        if self.is_fsdp_enabled:
+            keep_loss(self.accelerator.state.fsdp_plugin)
         self.score, self.loader = score, loader
         self.guard_seconds = 0.0
         self.may_open_nothing, self.opened, self.shut = may_open_nothing, False, 0
