@@ -7,12 +7,16 @@ gathers, saves and resumes is all theirs.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
+import yaml
 from families import WORDS, write_model
 from safetensors.torch import load_file
 from test_adapting import logits
@@ -20,13 +24,14 @@ from test_pretrained import data, recipe, run  # noqa: F401
 from two_processes import as_accelerators, on_two
 
 from aki.apps.loading import load
+from aki.cli import main
 from aki.data.feed import Position
 from aki.layout import IGNORE_INDEX
 from aki.models.other import base_of
 from aki.training import stages
 from aki.training.data import ResumeError
 from aki.training.model import build_model, tiny
-from aki.training.recipe import AdapterRecipe, DataRecipe, ModelRecipe, RecipeError, load_recipe
+from aki.training.recipe import AdapterRecipe, DataRecipe, ModelRecipe, RecipeError, beyond_defaults, load_recipe
 from aki.training.start import load_start
 
 LAYERS = {"aki": ["Phi3DecoderLayer", "SiglipEncoderLayer"], "llava": ["LlamaDecoderLayer", "CLIPEncoderLayer"]}
@@ -87,7 +92,7 @@ def shared(recipe, family, way):  # noqa: F811
     if way == "fsdp":
         return replace(recipe, fsdp={"transformer_layer_cls_to_wrap": LAYERS[family]})
     if way.startswith("zero"):
-        zero = {"zero_optimization": {"stage": int(way[-1])}, "zero_allow_untested_optimizer": True}
+        zero = {"zero_optimization": {"stage": int(way[-1])}}
         return replace(recipe, trainer={"use_cpu": False, "deepspeed": AUTO | zero})
     return recipe
 
@@ -232,6 +237,15 @@ def test_deepspeed_on_cpu_is_refused(of, tmp_path):
         run(recipe, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["optimizer", "scheduler"])
+def test_deepspeed_leaves_the_rates_to_the_stage(name, of, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
+    recipe = shared(of("aki", "whole"), "aki", "zero2")  # noqa: F811
+    recipe.trainer["deepspeed"] |= {name: {"type": "a name", "params": {}}}
+    with pytest.raises(RecipeError, match=f"its {name} would be used instead of the stage's"):
+        run(recipe, tmp_path)
+
+
 def test_deepspeed_that_is_not_there_is_named(of, tmp_path, monkeypatch):
     monkeypatch.setattr("aki.training.sharding.is_deepspeed_available", lambda: False)
     with pytest.raises(RecipeError, match="pip install deepspeed"):
@@ -284,3 +298,33 @@ def test_a_kind_of_media_that_comes_too_late_is_named(models, of):
     loader.feed.spares = []
     with pytest.raises(ValueError, match="a sample has pixel_values, which none of the first ones had"):
         list(islice(loader, 30))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torch.distributed.run --standalone --nproc-per-node 2",
+        "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no",
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_launchers(launcher, of, alone, tmp_path):
+    recipe = of("llava", "adapter")  # noqa: F811
+    file, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(beyond_defaults(recipe)))
+    command = [sys.executable, "-m", *launcher.split(), "-m", "aki", "train", str(file), "--output", str(folder)]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert losses_of(folder) == near(losses_of(alone(recipe)))
+
+
+def test_deepspeed_is_launched_also_on_one_process(of, tmp_path, monkeypatch):
+    launched = []
+    monkeypatch.setattr("aki.commands.train._launch", launched.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, way in (("plain", "ddp"), ("sharded", "zero2")):
+        recipe = shared(of("aki", "whole"), "aki", way)  # noqa: F811
+        monkeypatch.setattr("aki.commands.train.Train._train", lambda *_: None)
+        (tmp_path / name).write_text(yaml.safe_dump(beyond_defaults(recipe)))
+        main(["train", str(tmp_path / name), "--processes", "1"])
+    assert launched == [1]

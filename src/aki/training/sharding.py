@@ -38,11 +38,17 @@ def shards_weights(arguments: TrainingArguments) -> bool:
 def training_arguments(values: dict[str, Any]) -> TrainingArguments:
     """
     Raises:
-        RecipeError: DeepSpeed is not there, or has no accelerators to run on.
+        RecipeError: DeepSpeed is not there, would train in another way than the stage says, or has no accelerators.
     """
     if values.get("deepspeed") and not is_deepspeed_available():
         raise RecipeError("trainer.deepspeed needs DeepSpeed: pip install deepspeed.")
     arguments = TrainingArguments(**values)
+    if arguments.deepspeed_plugin is not None:
+        for name in ("optimizer", "scheduler"):
+            if name in arguments.deepspeed_plugin.deepspeed_config:
+                raise RecipeError(
+                    f"trainer.deepspeed: its {name} would be used instead of the stage's: take it out of there."
+                )
     if arguments.deepspeed_plugin is not None and arguments.distributed_state.distributed_type in _ON_CPU:
         raise RecipeError(
             "trainer.deepspeed needs accelerators: on CPU accelerate connects processes for plain data parallel "
