@@ -11,7 +11,6 @@ from urllib.parse import urlparse
 
 import torch
 
-from aki.attention.prompts import PromptBlockWriter
 from aki.data.collate import ChatCollator
 from aki.data.feed import Feed, Loader, Position
 from aki.data.mixture import Mixture, Samples, mixture_weights
@@ -23,6 +22,7 @@ from aki.data.shards import ShardMixture, open_shards
 from aki.data.sources import open_source
 from aki.layout import IGNORE_INDEX
 from aki.models import AkiProcessor
+from aki.prompts.blocks import PromptBlockWriter
 from aki.training.recipe import Recipe, RecipeError, SourceRecipe, StageRecipe
 
 REPORT = "data_report.json"
