@@ -14,10 +14,13 @@ import sys
 from dataclasses import replace
 from itertools import islice
 
+import accelerate
 import pytest
 import torch
+import transformers
 import yaml
 from families import WORDS, write_model
+from packaging.version import Version
 from safetensors.torch import load_file
 from test_adapting import logits
 from test_pretrained import data, recipe, run  # noqa: F401
@@ -36,7 +39,13 @@ from aki.training.start import load_start
 
 LAYERS = {"aki": ["Phi3DecoderLayer", "SiglipEncoderLayer"], "llava": ["LlamaDecoderLayer", "CLIPEncoderLayer"]}
 AUTO = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+ON_CPU_0 = "transformers before 5.23 asks torch to restore an optimizer on cpu:0, where processes are several"
+IN_SHARDS = "accelerate 1.10 loads an adapter in shards on the first process alone"
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp": "FSDP", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
+
+
+def before(library, release):
+    return Version(library.__version__) < Version(release)
 
 
 @pytest.fixture(params=["ddp", "fsdp", "zero2", "zero3"])
@@ -97,16 +106,16 @@ def shared(recipe, family, way):  # noqa: F811
     return recipe
 
 
-def train(recipe, way, folder, scratch, ranks=2, resume=False, before=None):  # noqa: F811
+def train(recipe, way, folder, scratch, ranks=2, resume=False, first=None):  # noqa: F811
     """Losses of a run on several processes, which has to be wrapped as `way` says.
 
     Args:
-        before: called on each of them first.
+        first: called on each of them before anything else.
     """
 
     def on_rank():
-        if before is not None:
-            before()
+        if first is not None:
+            first()
         if way != "ddp":
             as_accelerators()
         save, wrappers = stages._save, []
@@ -160,6 +169,10 @@ def test_as_on_one_process(family, kind, way, of, alone, models, data, tmp_path)
     assert base_of(opened).config.attention_rule == "mma"
     _, processor = load_start(models / family)
     torch.testing.assert_close(logits(opened, processor, data), logits(expected, processor, data), atol=1e-3, rtol=1e-3)
+    if way == "ddp" and before(transformers, "5.23"):
+        pytest.skip(ON_CPU_0)
+    if way == "fsdp" and kind == "adapter" and before(accelerate, "1.15"):
+        pytest.skip(IN_SHARDS)
     again = cut(two, tmp_path / "cut")
     assert train(recipe, way, again, tmp_path, resume=True) == found
     torch.testing.assert_close(weights(again), weights(two), atol=0, rtol=0)
@@ -178,6 +191,7 @@ def refused(recipe, way, folder, scratch, ranks):  # noqa: F811
     return on_two(on_rank, scratch, ranks)[0]
 
 
+@pytest.mark.skipif(before(transformers, "5.23"), reason=ON_CPU_0)
 def test_another_number_of_processes(of, alone, tmp_path):
     """Whole weights in each process go on on any number; those of FSDP and DeepSpeed do not go on from them."""
     recipe = of("llava", "adapter")  # noqa: F811
@@ -222,7 +236,7 @@ def test_held_out_questions_and_the_best_checkpoint(way, of, recipe, alone, tmp_
         stages.accuracy_by_skill = lambda *rest, **more: measured(*rest, **more) | {"accuracy": next(scores, 0.2)}
 
     measured = stages.accuracy_by_skill
-    found = train(recipe, way, tmp_path / "run", tmp_path, before=scored)
+    found = train(recipe, way, tmp_path / "run", tmp_path, first=scored)
     assert found == near(one[:2])
     saved, best = weights(tmp_path / "run"), weights(tmp_path / "run/training/checkpoint-1")
     torch.testing.assert_close(saved, best, atol=0, rtol=0)

@@ -131,7 +131,7 @@ class AkiTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
-            # What accelerate puts around an optimizer takes no step of its own accord.
+            # accelerate puts one around it, which may skip a step.
             wrapped: Any = self.optimizer
             complete_states(wrapped.optimizer)
         super()._save_optimizer_and_scheduler(output_dir)
