@@ -12,6 +12,7 @@ import aki
 from aki import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.attention import check_no_leak, dense_mask, get_rule, reach
 from aki.attention.guard import LeakError
+from aki.attention.scopes import SCOPE_PARTS, check_scopes
 from aki.attention.segments import far
 from aki.data.tokenizer import train_tokenizer
 from aki.layout import END_SCOPE_TOKEN, IMAGE, SCOPE_TOKEN, VIDEO, build_layout
@@ -259,6 +260,18 @@ def test_a_template_that_takes_pictures_out_of_scopes_is_an_error(scoped_process
     assert "<image>" in writer.apply_chat_template([{"role": "user", "content": without_scopes}])
     with pytest.raises(ValueError, match="keeps the parts of a message in order"):
         writer.apply_chat_template([{"role": "user", "content": DOCUMENT}])
+
+
+def test_a_template_without_pictures_keeps_audio_in_its_scopes(scoped_processor):
+    """As Qwen2-Audio's: what the chat does not show says nothing about the template."""
+    scoped_processor.chat_template = (
+        "{% for message in messages %}{% for part in message.content %}{% if part.type == 'audio' %}<audio>"
+        "{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    opened, closed = SCOPE_PARTS
+    check_scopes([[{"role": "user", "content": [opened, {"type": "audio"}, closed]}]], scoped_processor)
+    with pytest.raises(ValueError, match="keeps the parts of a message in order"):
+        check_scopes([[{"role": "user", "content": [opened, {"type": "image"}, closed]}]], scoped_processor)
 
 
 def test_a_leak_through_a_scope_is_found():
