@@ -7,7 +7,7 @@ SUITES := .transformers/transformers-$(TRANSFORMERS)/tests
 NEWEST_PYTHON ?= $(shell for v in 3.13 3.12 3.11; do for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v*/bin/python; do \
 	"$$p" -c "import sys; sys.exit(not sys.version.startswith('$$v'))" 2>/dev/null && echo "$$p" && exit; done; done; echo python3)
 # What may depend on a version; the slow tests, and those of torch alone, are left to the main suite.
-BY_VERSION := tests/test_versions.py tests/attention tests/models tests/training tests/apps \
+BY_VERSION := tests/test_versions.py tests/prompts tests/attention tests/models tests/training tests/apps \
 	$(patsubst %,--ignore=tests/attention/test_%.py,rules rules_page segments segment_attention varlen)
 CPU_THREADS := $(shell nproc 2>/dev/null || echo 2)
 

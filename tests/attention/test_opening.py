@@ -16,7 +16,7 @@ from transformers import (
 from unlock_chats import QUESTIONS, picture
 
 import aki
-from aki.attention.opening import OpenedCausalWarning, as_stock
+from aki.models.opening import OpenedCausalWarning, as_stock
 
 TURNS = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]},

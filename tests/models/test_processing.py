@@ -14,8 +14,8 @@ from transformers import AutoProcessor
 
 import aki
 from aki import AkiProcessor
+from aki.models.answers import labels_from_prompt_blocks
 from aki.models.images import ImageError
-from aki.models.processing import labels_from_prompt_blocks
 from aki.training.model import build_model
 from aki.training.recipe import load_recipe
 

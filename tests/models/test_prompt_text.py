@@ -7,9 +7,9 @@ from phi_tokenizers import NEWLINE, ROLES, SYSTEM_TOKENS, phi_tokenizer, words
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from aki import AkiProcessor
-from aki.attention.prompts import AnswerMarks
-from aki.models.processing import labels_from_prompt_blocks
+from aki.models.answers import labels_from_prompt_blocks
 from aki.models.templates import AKI, CAPTION
+from aki.prompts.blocks import AnswerMarks
 
 SYSTEM_TURN = (
     "<|system|>\nA chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "

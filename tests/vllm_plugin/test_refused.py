@@ -1,5 +1,7 @@
 """What cannot be answered under a rule does not start, and says why; nothing is causal in silence."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from folders import llava
@@ -23,6 +25,20 @@ def plugins():
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
+
+
+@pytest.fixture
+def layers():
+    """A configuration with one attention layer, made without its weights, and the layer."""
+    from vllm.model_executor.layers.attention import Attention
+
+    layer = Attention.__new__(Attention)
+    torch.nn.Module.__init__(layer)
+    layer.query_quant = layer.kv_sharing_target_layer_name = None
+    layer.attn_type = "decoder"
+    layer.impl = SimpleNamespace(alibi_slopes=None, forward=lambda *asked, **more: None)
+    compilation = SimpleNamespace(cudagraph_mode=None, static_forward_context={"layers.0": layer})
+    return SimpleNamespace(compilation_config=compilation), layer
 
 
 @pytest.mark.parametrize(
@@ -78,6 +94,55 @@ def test_a_full_graph_over_mixed_batches_is_refused(folder):
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
     with pytest.raises(CannotServe, match="full CUDA graph"):
         lay_layers(config, None)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ({"query_quant": object()}, "its queries come quantized"),
+        ({"kv_sharing_target_layer_name": "layers.0"}, "it takes its keys from another layer"),
+        ({"alibi_slopes": torch.ones(2)}, "it adds a bias of positions"),
+    ],
+)
+def test_a_layer_whose_rows_cannot_be_done_again_is_refused(layers, what, said):
+    from aki.vllm.layers import lay_layers
+    from aki.vllm.settings import CannotServe
+
+    config, layer = layers
+    for name, value in what.items():
+        setattr(layer.impl if name == "alibi_slopes" else layer, name, value)
+    with pytest.raises(CannotServe, match=said):
+        lay_layers(config, None)
+
+
+def test_a_layer_that_is_no_plain_attention_is_refused_and_so_is_a_model_without_any(layers):
+    from aki.vllm.layers import lay_layers
+    from aki.vllm.settings import CannotServe
+
+    config, layer = layers
+    config.compilation_config.static_forward_context = {"layers.1": SimpleNamespace(impl=layer.impl)}
+    with pytest.raises(CannotServe, match=r"layers\.1 is a SimpleNamespace"):
+        lay_layers(config, None)
+    config.compilation_config.static_forward_context = {}
+    with pytest.raises(CannotServe, match="no attention layer"):
+        lay_layers(config, None)
+
+
+def test_an_output_that_comes_quantized_is_an_error_and_only_where_rows_are_done_again(layers):
+    from aki.vllm.layers import lay_layers
+
+    config, layer = layers
+    done = []
+    steps = SimpleNamespace(is_open=False, redo=lambda *given: done.append(given))
+    assert lay_layers(config, steps) == ["layers.0"]
+    asked = (layer, None, None, None, None, "metadata", None)
+    layer.impl.forward(*asked, output_scale=torch.ones(1))
+    steps.is_open = True
+    layer.impl.forward(*asked)
+    assert len(done) == 1
+    for quantized in ("output_scale", "output_block_scale"):
+        with pytest.raises(RuntimeError, match="comes quantized"):
+            layer.impl.forward(*asked, **{quantized: torch.ones(1)})
 
 
 def test_a_vllm_whose_inside_has_moved_starts_without_a_rule_and_not_with_one(folder, monkeypatch):

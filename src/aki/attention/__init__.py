@@ -8,7 +8,6 @@ from aki.attention.choice import BACKENDS
 from aki.attention.dense import dense_mask, language_model_masks
 from aki.attention.families import CannotUnlock
 from aki.attention.guard import LeakError, NothingOpensError, check_no_leak, reach
-from aki.attention.prompts import write_prompt_blocks
 from aki.attention.rules import RULES, Rule, get_rule
 from aki.attention.segments import Segment
 from aki.attention.unlock import NothingOpensWarning, lock, unlock
@@ -30,5 +29,4 @@ __all__ = [
     "prepare_attention",
     "reach",
     "unlock",
-    "write_prompt_blocks",
 ]

@@ -18,19 +18,18 @@ from transformers import PreTrainedModel
 
 from aki.attention.backends import prepare_attention
 from aki.attention.dense import as_boolean, check_takes_masks, is_prepared, language_model_masks
-from aki.attention.elsewhere import on_saving
 from aki.attention.families import CannotUnlock, media_token_ids, text_decoder, underlying_model, unwrapped
 from aki.attention.guard import NothingOpensError, check_no_leak
-from aki.attention.prompts import AnswerMarks
+from aki.attention.recorded import on_saving, record_rule, recorded_rule
 from aki.attention.rules import Rule, get_rule
-from aki.attention.scopes import scope_token_ids
 from aki.compat import given_cache
 from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN, SequenceLayout, build_layout
+from aki.prompts.blocks import AnswerMarks
+from aki.prompts.scopes import scope_token_ids
 
 logger = logging.getLogger(__name__)
 
 _STATE = "_aki_unlocked"
-_CONFIG_FIELD = "attention_rule"
 _MEDIA_INPUTS = ("pixel_values", "input_features", "image_pixel_values", "audio_input_features", "pixel_values_videos")
 
 
@@ -368,40 +367,6 @@ def _is_packed(inputs: dict[str, Any], layout: SequenceLayout | None) -> bool:
     if positions is None or inputs.get("attention_mask") is not None or given_cache(inputs) is not None:
         return False
     return bool((torch.diff(positions) < 0 if layout is None else layout.document > 0).any())
-
-
-def recorded_rule(model: nn.Module, base: PreTrainedModel) -> str | None:
-    """The rule's name as `record_rule` wrote it, an adapter's before its model's."""
-    mappings = [adapter.auto_mapping or {} for adapter in _adapters(model)]
-    return next((m[_CONFIG_FIELD] for m in mappings if _CONFIG_FIELD in m), getattr(base.config, _CONFIG_FIELD, None))
-
-
-def record_rule(model: nn.Module, base: PreTrainedModel, name: str | None) -> None:
-    """Write a rule's name where loading finds it; None takes it out.
-
-    An adapter's configuration has one field that takes what PEFT doesn't know: `auto_mapping`.
-
-    Args:
-        model: perhaps PEFT's wrapper.
-        base: the model in it.
-    """
-    if name is not None:
-        setattr(base.config, _CONFIG_FIELD, name)
-    elif hasattr(base.config, _CONFIG_FIELD):
-        delattr(base.config, _CONFIG_FIELD)
-    for adapter in _adapters(model):
-        others = {key: value for key, value in (adapter.auto_mapping or {}).items() if key != _CONFIG_FIELD}
-        adapter.auto_mapping = (others | ({_CONFIG_FIELD: name} if name is not None else {})) or None
-        if name is not None and adapter.task_type is None:
-            logger.warning(
-                "PEFT writes its own auto_mapping over the rule %r when it saves an adapter without a task_type: give "
-                "the LoraConfig task_type='CAUSAL_LM', or pass unlock the rule after loading.",
-                name,
-            )
-
-
-def _adapters(model: nn.Module) -> list[Any]:
-    return [adapter for adapter in getattr(model, "peft_config", {}).values() if hasattr(adapter, "auto_mapping")]
 
 
 def _say_what_is_joined(model: PreTrainedModel, rule: str) -> None:

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aki.attention.prompts import PromptBlockWriter
-from aki.attention.scopes import SCOPE_PARTS, scope_token_ids
 from aki.data.fast import FastInputs, fast_inputs
 from aki.data.plain import as_sample
 from aki.data.report import BadSample, Reason
 from aki.data.schema import Sample
 from aki.data.split import split_captions
 from aki.layout import IGNORE_INDEX
+from aki.models.answers import labels_from_prompt_blocks
 from aki.models.clips import ClipError, open_audio
 from aki.models.images import ImageError, open_image
-from aki.models.processing import AkiProcessor, labels_from_prompt_blocks
+from aki.models.processing import AkiProcessor
+from aki.prompts.blocks import PromptBlockWriter
+from aki.prompts.scopes import SCOPE_PARTS, scope_token_ids
 
 MIN_SIDE, MAX_ASPECT = 4, 100
 """Pixels that a picture's sides must have, and how many times as long as the other one may be."""

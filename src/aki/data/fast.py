@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from aki.layout import moved
-from aki.models.processing import AkiProcessor, of_this_thread, tokens_in
+from aki.models.answers import of_this_thread, prompt_blocks, tokens_in
+from aki.models.processing import AkiProcessor
 
 _STEPS = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 _OTHER_STEPS = ("do_center_crop", "do_pad")
@@ -92,7 +93,7 @@ class FastInputs:
         )
         encoded = self.tokenizer.backend_tokenizer.encode(texts[0], add_special_tokens=False)
         answers = tokens_in(encoded.offsets, spans[0])
-        blocks = self.processor.prompt_blocks(encoded.ids, [1] * len(encoded), answers)
+        blocks = prompt_blocks(encoded.ids, [1] * len(encoded), answers, self.processor.answer_token_id)
         image = self.processor.image_token_id
         tokens: tuple[list[int], list[int]] = ([], [])
         for token, block in zip(encoded.ids, blocks, strict=True):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from aki.attention.scopes import write_scopes
 from aki.data.report import BadSample, Reason
 from aki.data.schema import Sample
+from aki.prompts.scopes import write_scopes
 
 _MARK = "<image>"
 ROLES = ("system", "user", "assistant")
@@ -60,7 +60,7 @@ def check_texts(messages: list[dict[str, Any]]) -> None:
 
 def plain_messages(messages: list[Message], images: list[Any]) -> list[Message]:
     """Messages whose content is parts: `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`, and alike
-    video and audio. Scopes and tables are written out (`aki.attention.scopes`).
+    video and audio. Scopes and tables are written out (`aki.prompts.scopes`).
 
     Args:
         images: for image parts that name none, in order.

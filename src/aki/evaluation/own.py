@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from aki.attention import write_prompt_blocks
 from aki.data.collate import ChatCollator
 from aki.data.mixture import Samples
 from aki.data.report import DataReport
@@ -24,6 +23,7 @@ from aki.evaluation.tables import OWN
 from aki.files import replacing, write_json
 from aki.metrics import METRICS
 from aki.models import AkiProcessor
+from aki.prompts import write_prompt_blocks
 from aki.training.data import stage_collators
 from aki.training.held_out import Chosen, held_out, usable
 from aki.training.predictions import (

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from aki.attention.recorded import FIELD
+
 _ADAPTER = "adapter_config.json"
 
 
@@ -26,8 +28,9 @@ def has_model(folder: str | Path) -> bool:
 
 
 def rule_of_adapter(folder: str | Path) -> str | None:
-    """The attention rule that an adapter was trained under, where `unlock` or a recipe wrote it down."""
-    return (json.loads((Path(folder) / _ADAPTER).read_text()).get("auto_mapping") or {}).get("attention_rule")
+    """The attention rule that an adapter was trained under, where its folder names one."""
+    file = Path(folder) / _ADAPTER
+    return (json.loads(file.read_text()).get("auto_mapping") or {}).get(FIELD) if file.is_file() else None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from aki.attention.elsewhere import CAUSAL_ELSEWHERE, UNDER_THE_RULE
+from aki.attention.recorded import CAUSAL_ELSEWHERE, UNDER_THE_RULE
 from aki.attention.rules import get_rule
 from aki.models.adapters import adapter_of
 from aki.models.configuration import AkiConfig

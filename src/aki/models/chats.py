@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from aki.attention.scopes import SCOPE_PARTS, write_scopes
+from aki.prompts.scopes import SCOPE_PARTS, write_scopes
 
 SOURCES = ("url", "path", "base64")
 """Where a part of a message may have its picture or clip, beside the field that is named as its type."""
@@ -56,3 +56,10 @@ def _part(part: dict, openers: Openers) -> dict:
             source = f"data:image;base64,{part[key]}" if (kind, key) == ("image", "base64") else part[key]
             return {"type": kind, kind: openers[kind](source)}
     raise ValueError(f"the {kind} part of a message has no {kind}: give it one of `{'`, `'.join((kind, *SOURCES))}`.")
+
+
+def begun(conversation: list) -> list:
+    """Tell the chat template that the last answer is to be continued, which transformers doesn't."""
+    if isinstance(conversation[0], list):
+        return [begun(chat) for chat in conversation]
+    return [*conversation[:-1], {**conversation[-1], "begun": True}]

@@ -6,13 +6,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from aki.layout import IMAGE, VIDEO
-from aki.models.checks import check_size, check_takes_one_input
+from aki.layout import IMAGE, VIDEO, SequenceLayout
+from aki.models.checks import check_count, check_size, check_takes_one_input
 from aki.models.configuration import AkiConfig
 from aki.models.connectors import computation_dtype
 from aki.models.media import Media
@@ -123,3 +123,43 @@ def run_encoder(backbone: Any, media: Media, values: Tensor, **kwargs) -> BaseMo
     )
     with torch.set_grad_enabled(torch.is_grad_enabled() and learns), precision:
         return encoder(values.to(encoder.dtype), return_dict=True, **kwargs)
+
+
+def put_media(
+    backbone: Any,
+    ids: Tensor,
+    inputs_embeds: Tensor,
+    embeds: dict[str, Tensor],
+    given: set[str],
+    counted: bool,
+    layout: SequenceLayout | None,
+) -> Tensor:
+    """The embeddings of items in place of their placeholders' own; what is not given stays in the graph, at none.
+
+    Args:
+        backbone: the model with encoders and connectors.
+        ids: (batch, length), with the placeholders.
+        embeds: name of the input -> (items, embeddings an item, text width).
+        given: the inputs that were passed; others are blanks.
+        counted: whether a placeholder without its item is an error.
+        layout: of the tokens, where it is known.
+
+    Returns:
+        (batch, length, text width).
+
+    Raises:
+        ValueError: more or fewer placeholders than embeddings.
+    """
+    for name, media in backbone.config.media.items():
+        placeholders = ids == media.token_id
+        count = (placeholders if layout is None else layout.modality == media.modality).sum()
+        if name in embeds:
+            items, tokens, _ = embeds[name].shape
+            check_count(count, items if name in given else 0, tokens, media.name)
+            # Not masked_scatter, in whose backward the host waits for a GPU.
+            place = (placeholders.flatten().cumsum(0) - 1).clamp(min=0).view(ids.shape)
+            put = nn.functional.embedding(place, embeds[name].flatten(0, 1).to(inputs_embeds))
+            inputs_embeds = torch.where(placeholders[..., None], put, inputs_embeds)
+        elif counted and (backbone.training or ids.shape[1] > 1):
+            check_count(count, 0, media.tokens_per_item, media.name)
+    return inputs_embeds

@@ -14,11 +14,11 @@ from aki.compat import CACHE, CACHE_NAMES
 from aki.layout import IGNORE_INDEX, SequenceLayout, build_layout
 from aki.models.backbones import join_backbones
 from aki.models.blanks import with_blanks
-from aki.models.checks import check_behind_cache, check_count
+from aki.models.checks import check_behind_cache
 from aki.models.configuration import AkiConfig
 from aki.models.connectors import Connector, connector_of
 from aki.models.decoder_inputs import blocks_of_call, decoder_inputs, identify, needs_layout, opens_ahead, padding_of
-from aki.models.encoding import AkiEncodingMixin, encode_media, encoder_of
+from aki.models.encoding import AkiEncodingMixin, encode_media, encoder_of, put_media
 from aki.models.explain import AkiExplainMixin
 from aki.models.features import FeatureCache
 from aki.models.generation import AkiGenerationMixin
@@ -181,7 +181,7 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         features = {name: encode_media(self, name, values).pooler_output for name, values in shown.items()}
         embeds = {name: values for name, values in features.items() if given[name] is not None}
         counted = input_ids is not None
-        inputs_embeds = self._put_media(found, inputs_embeds, features, set(embeds), counted, layout)
+        inputs_embeds = put_media(self, found, inputs_embeds, features, set(embeds), counted, layout)
 
         rule, length = get_rule(attention_rule or self.config.attention_rule), inputs_embeds.shape[1]
         text_config, padding = self.config.text_config, padding_of(attention_mask)
@@ -213,30 +213,6 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         """Ids of those tokens that the configuration names, found by their embeddings; -1 for all others."""
         named = [media.token_id for media in self.config.media.values()] + (self.config.scope_token_ids or [])
         return identify(inputs_embeds, self.get_input_embeddings(), named)
-
-    def _put_media(
-        self,
-        ids: Tensor,
-        inputs_embeds: Tensor,
-        embeds: dict[str, Tensor],
-        given: set[str],
-        counted: bool,
-        layout: SequenceLayout | None,
-    ) -> Tensor:
-        """What is not given stays in the graph, at no placeholder."""
-        for name, media in self.config.media.items():
-            placeholders = ids == media.token_id
-            count = (placeholders if layout is None else layout.modality == media.modality).sum()
-            if name in embeds:
-                items, tokens, _ = embeds[name].shape
-                check_count(count, items if name in given else 0, tokens, media.name)
-                # Not masked_scatter, in whose backward the host waits for a GPU.
-                place = (placeholders.flatten().cumsum(0) - 1).clamp(min=0).view(ids.shape)
-                put = nn.functional.embedding(place, embeds[name].flatten(0, 1).to(inputs_embeds))
-                inputs_embeds = torch.where(placeholders[..., None], put, inputs_embeds)
-            elif counted and (self.training or ids.shape[1] > 1):
-                check_count(count, 0, media.tokens_per_item, media.name)
-        return inputs_embeds
 
 
 class AkiForConditionalGeneration(AkiPreTrainedModel, AkiEncodingMixin, AkiGenerationMixin, AkiExplainMixin):

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from aki.attention.families import text_decoder, underlying_model, unwrapped
-from aki.attention.opening import as_stock
 from aki.models.adapters import adapter_of, rule_of_adapter
 from aki.models.configuration import AkiConfig
 from aki.models.loading import check_family_before
 from aki.models.modeling import AkiForConditionalGeneration
+from aki.models.opening import as_stock
 from aki.models.processing import AkiProcessor
 from aki.models.template_limits import check_templates
 from aki.models.weights import check_complete, check_depth, check_finite

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from aki.attention.prompts import AnswerMarks
 from aki.models.templates import CONTENT
+from aki.prompts.blocks import AnswerMarks
 
 _OPEN, _CLOSE = "\ufdd1", "\ufdd2"
 """Noncharacters of Unicode: they stand around an answer while a template is rendered, and never in what it gives."""

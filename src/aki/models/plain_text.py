@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import normalizers
 
-from aki.attention.scopes import SCOPE_PARTS
+from aki.prompts.scopes import SCOPE_PARTS
 
 _BREAK = "\ufdd0"
 """A noncharacter of Unicode: it keeps a tokenizer from finding a token of its own, and is gone before text is read."""

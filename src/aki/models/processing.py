@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import groupby
-from threading import get_ident
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from transformers import BatchFeature
 from transformers.audio_utils import AudioInput
 from transformers.image_utils import ImageInput
@@ -18,9 +15,8 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoInput
 
-from aki.attention.scopes import check_scopes
-from aki.layout import IGNORE_INDEX
-from aki.models.chats import Openers, prepare
+from aki.models.answers import of_this_thread, prompt_blocks, tokens_in
+from aki.models.chats import Openers, begun, prepare
 from aki.models.clips import ClipError, open_audio, open_video, pick_frames
 from aki.models.images import open_image
 from aki.models.plain_text import as_text
@@ -28,6 +24,7 @@ from aki.models.remote import SavedProcessor
 from aki.models.template_limits import check_templates
 from aki.models.templates import ANSWER_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN
 from aki.models.weights import check_sizes
+from aki.prompts.scopes import check_scopes
 
 
 class AkiProcessor(SavedProcessor):
@@ -240,7 +237,7 @@ class AkiProcessor(SavedProcessor):
         conversation = prepare(conversation, self._openers)
         check_scopes(conversation if isinstance(conversation[0], list) else [conversation], self)
         if kwargs.get("continue_final_message"):
-            conversation = _begun(conversation)
+            conversation = begun(conversation)
         if not kwargs.get("tokenize"):
             return super().apply_chat_template(conversation, *args, **kwargs)
         with as_text(self, conversation) as conversation:
@@ -257,7 +254,8 @@ class AkiProcessor(SavedProcessor):
             out = self._with_answers_marked(conversation, *args, **kwargs)
         answers = out["assistant_masks"] if asked_for_masks else out.pop("assistant_masks")
         out["prompt_block_ids"] = [
-            self.prompt_blocks(*row) for row in zip(out["input_ids"], out["attention_mask"], answers, strict=True)
+            prompt_blocks(*row, self.answer_token_id)
+            for row in zip(out["input_ids"], out["attention_mask"], answers, strict=True)
         ]
         return BatchFeature(dict(out), tensor_type=return_tensors)
 
@@ -319,8 +317,8 @@ class AkiProcessor(SavedProcessor):
         out["assistant_masks"] = []
         for row, attention in enumerate(out["attention_mask"]):
             known = [m for m, a in zip(before["assistant_masks"][row], before["attention_mask"][row], strict=True) if a]
-            begun = iter(known + [1] * sum(attention))
-            out["assistant_masks"].append([next(begun) if a else 0 for a in attention])
+            opened = iter(known + [1] * sum(attention))
+            out["assistant_masks"].append([next(opened) if a else 0 for a in attention])
         return out
 
     def _rendered(
@@ -334,70 +332,6 @@ class AkiProcessor(SavedProcessor):
             return_tensors=None,
             **kwargs,
         )
-
-    def prompt_blocks(self, input_ids: list[int], attention_mask: list[int], answers: list[int]) -> list[int]:
-        """The prompt block of each token of a chat, -1 for answers and padding.
-
-        Args:
-            answers: 1 for what stands between the generation tags of the chat template.
-        """
-        starts_answer = [token == self.answer_token_id for token in input_ids]
-        prompt = [
-            bool(real and (start or not answer))
-            for real, start, answer in zip(attention_mask, starts_answer, answers, strict=True)
-        ]
-        blocks, block = [-1] * len(input_ids), 0
-        for is_prompt, run in groupby(range(len(input_ids)), key=prompt.__getitem__):
-            if is_prompt:
-                positions = list(run)
-                # White space that a template writes after the token is answer (paper, section 3).
-                end = max((p for p in positions if starts_answer[p]), default=positions[-1]) + 1
-                blocks[positions[0] : end] = [block] * (end - positions[0])
-                block += 1
-        return blocks
-
-
-def of_this_thread(template: str | None) -> str | None:
-    """The same template for one thread alone.
-
-    transformers keeps a compiled template for all threads, and within it where answers stand, which they would write
-    over each other's.
-    """
-    if not template:
-        return template
-    # Jinja drops one line break at the end, and one behind a comment.
-    body = template.removesuffix("\n")
-    return f"{body}{{# {get_ident()} #}}{template[len(body) :]}"
-
-
-def tokens_in(characters: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for each token that shares a character with one of the spans.
-
-    Args:
-        characters: (first, end) of each token; of padding and what a tokenizer adds these are equal.
-        spans: (first, end).
-    """
-    answers = [0] * len(characters)
-    for first, end in spans:
-        for token, (token_first, token_end) in enumerate(characters):
-            if token_first < end and token_end > first:
-                answers[token] = 1
-    return answers
-
-
-def labels_from_prompt_blocks(
-    input_ids: Tensor, attention_mask: Tensor, prompt_block_ids: Tensor, *media_token_ids: int
-) -> Tensor:
-    """Labels for training on answers alone: every token outside prompt blocks, padding and media; -100 elsewhere.
-
-    Args:
-        input_ids: (batch, length); the others have the same shape.
-        media_token_ids: the placeholders, `AkiProcessor.media_token_ids`.
-    """
-    learned = (prompt_block_ids < 0) & (attention_mask == 1)
-    for token_id in media_token_ids:
-        learned &= input_ids != token_id
-    return input_ids.masked_fill(~learned, IGNORE_INDEX)
 
 
 def _placeholder_id(tokenizer, kind: str, token: str) -> int:
@@ -429,13 +363,6 @@ def _leaves(images) -> Iterator[Any]:
 def _is_empty(images) -> bool:
     """Whether no text has an image: an empty list, or one of empty lists."""
     return isinstance(images, list) and all(map(_is_empty, images))
-
-
-def _begun(conversation: list) -> list:
-    """Tell the chat template that the last answer is to be continued, which transformers doesn't."""
-    if isinstance(conversation[0], list):
-        return [_begun(chat) for chat in conversation]
-    return [*conversation[:-1], {**conversation[-1], "begun": True}]
 
 
 def _flat(videos) -> Iterator[Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from aki.attention.prompts import PromptBlockWriter
 from aki.data.collate import ChatCollator
 from aki.data.feed import Feed, Loader, Position
 from aki.data.mixture import Mixture, Samples, mixture_weights
@@ -19,6 +18,7 @@ from aki.data.report import DataReport
 from aki.data.shards import ShardMixture, open_shards
 from aki.data.sources import open_source
 from aki.models import AkiProcessor
+from aki.prompts.blocks import PromptBlockWriter
 from aki.training.recipe import Recipe, RecipeError, SourceRecipe, StageRecipe
 
 REPORT = "data_report.json"

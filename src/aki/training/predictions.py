@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from aki.attention.prompts import PromptBlockWriter
 from aki.data.collate import ChatCollator
 from aki.data.schema import Sample, text_of
 from aki.files import replacing
 from aki.metrics import Metric, exact
 from aki.models.explain import chat_inputs
+from aki.prompts.blocks import PromptBlockWriter
 
 PREDICTIONS = "predictions.jsonl"
 _MEDIA = ("image", "video", "audio")

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainingArguments, set_seed
 
 from aki.attention.guard import CHOOSE_CAUSAL, LeakError
-from aki.attention.prompts import PromptBlockWriter
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
 from aki.data.feed import Position
@@ -32,6 +31,7 @@ from aki.files import alone, write_json
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
 from aki.models.other import base_of, is_aki, parameters_of
+from aki.prompts.blocks import PromptBlockWriter
 from aki.training.adapting import quantization_config, with_adapter
 from aki.training.data import REPORT, counted, load_position, open_samples, stage_collators, stage_loader, texts
 from aki.training.folder import RESULT, Begun, RunError, begin, first_process, relevant, sealed_weights, training_folder

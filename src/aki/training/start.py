@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from aki.attention import unlock, write_prompt_blocks
+from aki.attention import unlock
 from aki.attention.families import text_decoder
-from aki.attention.prompts import PromptBlockWriter
-from aki.attention.scopes import add_scope_tokens, scope_token_ids
-from aki.attention.unlock import record_rule
+from aki.attention.recorded import record_rule
 from aki.models import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.models.adapters import adapter_of, has_model, model_of_adapter
 from aki.models.other import base_of, is_aki, kind_of, load_any, load_other_processor
+from aki.prompts import write_prompt_blocks
+from aki.prompts.blocks import PromptBlockWriter
+from aki.prompts.scopes import add_scope_tokens, scope_token_ids
 from aki.training.folder import RESULT, RunError, training_folder
 from aki.training.model import model_config
 from aki.training.recipe import Recipe, RecipeError

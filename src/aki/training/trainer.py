@@ -19,11 +19,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from aki.attention import NothingOpensError, check_no_leak, get_rule
 from aki.attention.families import underlying_model
-from aki.attention.opening import as_stock
 from aki.attention.unlock import layout_of_batch
 from aki.data.feed import Loader
 from aki.data.report import DataReport
 from aki.layout import IGNORE_INDEX, SequenceLayout, moved
+from aki.models.opening import as_stock
 from aki.models.other import is_aki
 from aki.training.checkpoint import WHOLE, mark_whole
 from aki.training.data import save_position

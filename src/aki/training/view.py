@@ -8,8 +8,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aki.attention.prompts import PromptBlockWriter
-from aki.attention.scopes import add_scope_tokens
 from aki.data.check import Indexed
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
@@ -18,6 +16,8 @@ from aki.data.schema import Sample
 from aki.data.shards import ShardMixture, ShardSet
 from aki.layout import IGNORE_INDEX
 from aki.models import AkiProcessor
+from aki.prompts.blocks import PromptBlockWriter
+from aki.prompts.scopes import add_scope_tokens
 from aki.training.data import open_samples, stage_collators, texts
 from aki.training.model import build_processor
 from aki.training.recipe import Recipe, RecipeError, StageRecipe

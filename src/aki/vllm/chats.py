@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from aki.attention.prompts import AnswerMarks
 from aki.models.plain_text import broken, own_tokens, read_past_breaks
+from aki.prompts.blocks import AnswerMarks
 
 
 class Chats:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aki.attention.families import media_token_ids
-from aki.attention.prompts import AnswerMarks
 from aki.attention.rules import Rule, get_rule
-from aki.attention.scopes import scope_token_ids
 from aki.attention.segments import segments
 from aki.layout import SequenceLayout, build_layout
+from aki.models.adapters import rule_of_adapter
 from aki.models.templates import ANSWER_TOKEN
+from aki.prompts.blocks import AnswerMarks
+from aki.prompts.scopes import scope_token_ids
+
+_rule_of_adapter = lru_cache(maxsize=1024)(rule_of_adapter)  # asked for every request
 
 Span = tuple[int, int]
 """Positions `start` to `stop - 1`."""
@@ -131,7 +132,7 @@ class PromptReader:
 
     def rule_for(self, adapter: str | None) -> Rule:
         """The rule that an adapter's folder names, else the model's."""
-        named = adapter_rule(adapter) if adapter else None
+        named = _rule_of_adapter(adapter) if adapter else None
         return self.rule if named is None else self._with_own(named)
 
     def _with_own(self, rule: str) -> Rule:
@@ -200,15 +201,6 @@ def checked_rule(name: str) -> Rule:
             "`aki serve`."
         )
     return rule
-
-
-@lru_cache(maxsize=1024)
-def adapter_rule(folder: str) -> str | None:
-    """The rule that an adapter's folder names (`aki.unlock` writes it where PEFT keeps what it does not know)."""
-    file = Path(folder) / "adapter_config.json"
-    if not file.is_file():
-        return None
-    return (json.loads(file.read_text()).get("auto_mapping") or {}).get("attention_rule")
 
 
 def openings(rule: Rule, layout: SequenceLayout) -> list[Opening]:

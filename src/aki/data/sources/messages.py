@@ -21,7 +21,7 @@ class Messages(Source):
     Content is a text or a list of parts. An image part names its picture (`image`, `path`, `url` or `image_url`), or
     takes the next one of `images`; so does each `<image>` in a text, where a line has `images` (the form of
     LLaMA-Factory and ms-swift). A video part has a list of frames or a file in `video`, an audio part a file in
-    `audio`; scopes and tables are those of `aki.attention.scopes`. The id may be left out. `answers` lists all that
+    `audio`; scopes and tables are those of `aki.prompts.scopes`. The id may be left out. `answers` lists all that
     people gave to the last turn, by which a metric may score.
     """
 

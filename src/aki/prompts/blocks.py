@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from aki.attention.scopes import check_scopes, write_scopes
 from aki.layout import IGNORE_INDEX, number_runs
+from aki.prompts.scopes import check_scopes, write_scopes
 
 Chat = Sequence[Mapping[str, Any]]
 """Messages, each with its role and content."""

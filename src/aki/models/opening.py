@@ -18,8 +18,9 @@ from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils import is_peft_available
 
 from aki.attention.families import unwrapped
-from aki.attention.prompts import AnswerMarks
-from aki.attention.unlock import is_under, recorded_rule, unlock
+from aki.attention.recorded import recorded_rule
+from aki.attention.unlock import is_under, unlock
+from aki.prompts.blocks import AnswerMarks
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 import aki
-from aki.attention.prompts import AnswerMarks
 from aki.data.tokenizer import train_tokenizer
+from aki.prompts.blocks import AnswerMarks
 
 LOOP = "{%- for message in messages -%}"
 TEMPLATES = {
