@@ -12,11 +12,11 @@ import aki
 from aki import AkiConfig, AkiForConditionalGeneration, AkiProcessor
 from aki.attention import check_no_leak, dense_mask, get_rule, reach
 from aki.attention.guard import LeakError
-from aki.attention.scopes import SCOPE_PARTS, check_scopes
 from aki.attention.segments import far
 from aki.data.tokenizer import train_tokenizer
 from aki.layout import END_SCOPE_TOKEN, IMAGE, SCOPE_TOKEN, VIDEO, build_layout
 from aki.models.templates import SHORT
+from aki.prompts.scopes import SCOPE_PARTS, check_scopes
 
 OPEN, CLOSE, PICTURE, CLIP = 1, 2, 3, 4
 SCOPED, MMA = get_rule("mma_scoped"), get_rule("mma")
