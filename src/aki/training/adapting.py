@@ -17,7 +17,7 @@ from aki.models.other import (
     model_on_meta,
     modules_beside_decoder,
 )
-from aki.training.recipe import KINDS_OF_ADAPTERS, AdapterRecipe, QuantizationRecipe, RecipeError
+from aki.training.recipe import KINDS_OF_ADAPTERS, AdapterRecipe, QuantizationRecipe, RecipeError, known
 
 
 def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> Any:
@@ -27,13 +27,13 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> A
         belongs_to: folder or hub id of the model, which the adapter's folder names; None for counting.
 
     Raises:
-        RecipeError: PEFT is not there, or does not take these fields.
+        RecipeError: PEFT is not there, or does not take these fields; or the model has no module of a name to save.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise RecipeError("adapter needs PEFT: pip install 'aki-mma[adapter]'.") from error
-    saved = [name for one in recipe.modules_to_save for name in (connectors_of(model) if one == "connector" else [one])]
+    saved = [name for one in recipe.modules_to_save for name in _modules_to_save(model, one)]
     try:
         config = LoraConfig(
             # With one, what is written into auto_mapping (the rule) stays there.
@@ -53,6 +53,17 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> A
         return wrapped
     except (TypeError, ValueError) as error:
         raise RecipeError(f"PEFT does not take this adapter: {error}") from error
+
+
+def _modules_to_save(model: nn.Module, name: str) -> list[str]:
+    """PEFT passes over a name that no module ends with."""
+    if name == "connector":
+        return connectors_of(model)
+    modules = [one for one, _ in base_of(model).named_modules()]
+    if not any(one.endswith(name) for one in modules):
+        ends = {one.rpartition(".")[2] for one in modules if not one.rpartition(".")[2].isdigit()}
+        known("module", name, {"connector", *ends}, "adapter.modules_to_save")
+    return [name]
 
 
 def language_linears(model: nn.Module) -> str:

@@ -103,6 +103,15 @@ def run_stage(job: Job) -> dict[str, Any]:
         TooManyBadSamples: of the data.
         LeakError: the stage's rule does not fit its data.
     """
+    try:
+        return _run(job)
+    except ImportError as error:
+        if not job.recipe.trainer:
+            raise
+        raise RunError(f"trainer asks for a package that is not installed: {error}") from error
+
+
+def _run(job: Job) -> dict[str, Any]:
     job = replace(job, recipe=counted(job.recipe, (job.stage,)))
     arguments = stage_arguments(job)
     lock = alone(training_folder(job.output) / "lock", f"the output folder {job.output}")
@@ -263,6 +272,10 @@ def stage_trainer(
     parts = parameters_of(model)
     for parameter in (parameter for part in stage.frozen for parameter in parts[part]):
         parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError(
+            f"frozen: {', '.join(stage.frozen)} leaves nothing to train, also of an adapter: take a part out."
+        )
     settles = "vision_encoder" in stage.frozen and is_aki(model)
     data: dict[str, Any]
     if samples is None:
