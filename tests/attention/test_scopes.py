@@ -16,6 +16,7 @@ from aki.attention.segments import far
 from aki.data.tokenizer import train_tokenizer
 from aki.layout import END_SCOPE_TOKEN, IMAGE, SCOPE_TOKEN, VIDEO, build_layout
 from aki.models.templates import SHORT
+from aki.prompts.scopes import SCOPE_PARTS, check_scopes
 
 OPEN, CLOSE, PICTURE, CLIP = 1, 2, 3, 4
 SCOPED, MMA = get_rule("mma_scoped"), get_rule("mma")
@@ -259,6 +260,18 @@ def test_a_template_that_takes_pictures_out_of_scopes_is_an_error(scoped_process
     assert "<image>" in writer.apply_chat_template([{"role": "user", "content": without_scopes}])
     with pytest.raises(ValueError, match="keeps the parts of a message in order"):
         writer.apply_chat_template([{"role": "user", "content": DOCUMENT}])
+
+
+def test_a_template_without_pictures_keeps_audio_in_its_scopes(scoped_processor):
+    """As Qwen2-Audio's: what the chat does not show says nothing about the template."""
+    scoped_processor.chat_template = (
+        "{% for message in messages %}{% for part in message.content %}{% if part.type == 'audio' %}<audio>"
+        "{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    opened, closed = SCOPE_PARTS
+    check_scopes([[{"role": "user", "content": [opened, {"type": "audio"}, closed]}]], scoped_processor)
+    with pytest.raises(ValueError, match="keeps the parts of a message in order"):
+        check_scopes([[{"role": "user", "content": [opened, {"type": "image"}, closed]}]], scoped_processor)
 
 
 def test_a_leak_through_a_scope_is_found():

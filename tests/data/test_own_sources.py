@@ -217,7 +217,11 @@ def test_messages_in_every_form(opened, tmp_path):
         ("[]", "malformed entry", "list indices"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "malformed entry", "'robot'"),
         ('{"messages": [{"role": "user", "content": [{"type": "video"}]}]}', "malformed entry", "'video'"),
-        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "malformed entry", "pop from empty"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            "malformed entry",
+            "more pictures than its images",
+        ),
         ('{"messages": [], "images": ["a.jpg"]}', "malformed entry", "1 of 1 images"),
         ('{"messages": []}', "empty text", "does not end with an answer"),
         ('{"messages": [{"role": "user", "content": "Q"}]}', "empty text", "does not end with an answer"),
@@ -233,6 +237,19 @@ def test_a_bad_line_is_a_bad_sample_that_names_it(opened, tmp_path, line, reason
     assert error.reason == reason
     assert detail in error.detail
     assert source[2].answer == "A"
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_list_of_chats_is_read_as_lines_are(opened, tmp_path, indent):
+    """As LLaMA-Factory writes its files."""
+    messages = [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}]
+    chats = [{"messages": messages, "images": [name]} for name in ("a.jpg", "b.jpg")]
+    (tmp_path / "chats.json").write_text("\n" + json.dumps(chats, indent=indent))
+    source = opened("messages", tmp_path / "chats.json")
+    assert [contents(source[i]) for i in range(len(source))] == [
+        [("user", name), ("user", "Q"), ("assistant", "A")] for name in ("a.jpg", "b.jpg")
+    ]
+    assert source[1].id == "chats.json:2"
 
 
 def test_messages_may_not_point_outside_either(opened, tmp_path):
@@ -349,7 +366,7 @@ def test_messages_with_marks_in_their_texts():
         {"type": "image", "image": "b.png"},
         {"type": "text", "text": "?"},
     ]
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="more pictures than its images"):
         plain_messages([asked], ["a.png"])
     with pytest.raises(ValueError, match="1 of 3 images have no image part"):
         plain_messages([asked], ["a.png", "b.png", "c.png"])

@@ -10,6 +10,7 @@ from transformers import AutoModel, VoxtralEncoderConfig, Wav2Vec2Config, Whispe
 
 from aki import AkiConfig, AkiForConditionalGeneration
 from aki.compat import given_cache
+from aki.models.other import parameters_of
 
 VIDEO, AUDIO = 4, 6
 FRAMES, LATENTS, MELS, STEPS = 2, 2, 4, 5
@@ -324,3 +325,15 @@ class TestRefused:
         config.audio_config, config.audio_connector_config = Wav2Vec2Config(), config.connector_config
         with pytest.raises(ValueError, match="'wav2vec2' has no fixed max_source_positions"):
             _ = config.media["input_features"].num_features
+
+
+def test_all_encoders_and_connectors_are_named_by_their_part():
+    """As `frozen` and the dry run name them."""
+    model = omni_model()
+    parts = {part: {id(parameter) for parameter in held} for part, held in parameters_of(model).items()}
+    assert parts.keys() == {"vision_encoder", "connector", "language_model"}
+    for module in ("vision", "video", "audio"):
+        encoder, connector = f"{module}_encoder", "connector" if module == "vision" else f"{module}_connector"
+        for part, name in (("vision_encoder", encoder), ("connector", connector)):
+            assert {id(parameter) for parameter in model.model.get_submodule(name).parameters()} <= parts[part], name
+    assert sum(map(len, parts.values())) == len(list(model.parameters()))

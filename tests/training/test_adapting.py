@@ -15,6 +15,7 @@ from aki.cli import main
 from aki.data.collate import ChatCollator
 from aki.evaluation.opening import load_model
 from aki.models.other import connectors_of, decoder_path, load_any
+from aki.training.folder import RunError
 from aki.training.recipe import AdapterRecipe, ModelRecipe, QuantizationRecipe, RecipeError
 from aki.training.stages import Job, run_stage, stage_arguments
 from aki.training.start import load_start
@@ -116,6 +117,16 @@ def test_over_quantised_weights(bits, recipe, published, tmp_path):  # noqa: F81
     assert load(tmp_path / "run")[0]._aki_unlocked.rule.name == "mma"
 
 
+def test_a_module_that_is_not_there_is_not_saved_in_silence(recipe, published, tmp_path):  # noqa: F811
+    with pytest.raises(RecipeError, match=r"unknown module 'connecter' .* Did you mean 'connector'"):
+        run(of(adapted(recipe, modules_to_save=("connecter",)), published, "llava"), tmp_path / "run")
+
+
+def test_an_adapter_over_frozen_layers_would_not_be_trained(recipe, published, tmp_path):  # noqa: F811
+    with pytest.raises(RecipeError, match="frozen names language_model, where the adapter would be trained"):
+        run(of(adapted(recipe), published, "llava", frozen=("language_model",)), tmp_path / "run")
+
+
 def test_quantised_weights_are_not_trained(recipe):  # noqa: F811
     with pytest.raises(RecipeError, match="add an adapter"):
         replace(recipe, quantization=QuantizationRecipe(4))
@@ -133,6 +144,13 @@ class TestTrainer:
         arguments = stage_arguments(Job(recipe, "sft", tmp_path))
         assert arguments.gradient_checkpointing
         assert (arguments.optim, arguments.save_total_limit, arguments.max_steps) == ("adafactor", 5, 4)
+
+    def test_a_package_that_is_not_there_is_named(self, recipe, published, tmp_path, monkeypatch):  # noqa: F811
+        monkeypatch.setattr("transformers.utils.import_utils.is_liger_kernel_available", lambda *a: False)
+        monkeypatch.setattr("transformers.trainer.is_liger_kernel_available", lambda *a: False, raising=False)
+        recipe = of(replace(recipe, trainer={"use_liger_kernel": True}), published, "llava")
+        with pytest.raises(RunError, match=r"trainer asks for a package that is not installed: .*liger-kernel"):
+            run(recipe, tmp_path / "run")
 
     def test_checkpointing_changes_no_loss(self, recipe, published, tmp_path):  # noqa: F811
         recipe = of(recipe, published, "llava", steps=2, save_every=0)

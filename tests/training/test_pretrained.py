@@ -22,6 +22,7 @@ from aki.data.pack import rope_index_of
 from aki.data.packing import PackedCollator
 from aki.data.schema import Sample, assistant, user
 from aki.models.other import load_any, parameters_of
+from aki.training.folder import RunError
 from aki.training.recipe import (
     DataRecipe,
     ModelRecipe,
@@ -288,6 +289,18 @@ def test_a_whole_model_has_its_own_sizes():
         ModelRecipe(vision={"model_type": "siglip"}, pretrained="some/model")
     with pytest.raises(RecipeError, match=r"model\.text' is missing"):
         ModelRecipe(vision={"model_type": "siglip"}, connector={"depth": 1})
+
+
+def test_what_is_no_model_to_train_is_named(published, recipe, tmp_path):
+    gone = replace(recipe, model=ModelRecipe(pretrained=str(tmp_path / "gone")))
+    with pytest.raises(RunError, match=r"there is no folder .*gone"):
+        run(gone, tmp_path / "a")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (alone / name).symlink_to(published("llava") / name)
+    with pytest.raises(RunError, match=r"holds no processor .*from_backbones"):
+        run(replace(recipe, model=ModelRecipe(pretrained=str(alone))), tmp_path / "b")
 
 
 def test_two_stages_and_an_aki_folder(tiny_recipe, tmp_path):

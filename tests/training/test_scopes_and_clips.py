@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from families import text_sizes, tokenizer_with, write_model
+from clip_families import RATE, qwen2_audio
+from families import write_model
 from PIL import Image
-from transformers import AutoConfig, AutoModelForMultimodalLM, Qwen2AudioProcessor, WhisperFeatureExtractor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from aki.apps.loading import load
@@ -36,8 +36,6 @@ from aki.training.recipe import (
 from aki.training.stages import Job, run_stage
 from aki.training.start import learn_scopes, load_processor, load_start
 from aki.training.trainer import layout_of
-
-RATE = 800
 
 
 def figure(name, caption):
@@ -83,33 +81,7 @@ def llava(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def listener(tmp_path_factory):
-    """A tiny Qwen2-Audio."""
-    folder = tmp_path_factory.mktemp("published") / "listener"
-    tokenizer = tokenizer_with("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-        "{% for p in m.content %}{% if p.type == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
-        "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    ears = WhisperFeatureExtractor(feature_size=8, sampling_rate=RATE, hop_length=10, chunk_length=1, n_fft=40)
-    Qwen2AudioProcessor(ears, tokenizer, chat_template=template).save_pretrained(folder)
-    config = AutoConfig.for_model(
-        "qwen2_audio",
-        text_config=text_sizes(tokenizer, "qwen2"),
-        audio_config={
-            "model_type": "qwen2_audio_encoder",
-            "num_mel_bins": 8,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 24,
-            "d_model": 16,
-            "max_source_positions": 40,
-        },
-        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
-    )
-    AutoModelForMultimodalLM.from_config(config).save_pretrained(folder)
-    return folder
+    return write_model("qwen2_audio", tmp_path_factory.mktemp("published") / "listener", qwen2_audio)
 
 
 def run(recipe, folder):
@@ -179,6 +151,29 @@ def test_a_clip_that_the_processor_does_not_take_is_counted(llava, data):
         ChatCollator(load_processor(llava), 256).encode(source[0])
 
 
+def test_a_picture_that_the_processor_does_not_take_is_counted(listener, data):
+    """Its template would leave it out without a word."""
+    source = open_source("messages", annotations=[data / "scoped-train.jsonl"], images=[data])
+    with pytest.raises(BadSample, match="image not taken"):
+        ChatCollator(load_processor(listener), 256).encode(source[0])
+
+
+def test_a_frame_that_is_broken_is_counted(data, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    processor = watcher()
+    film = {"type": "video", "video": [str(data / "red.png"), str(tmp_path / "broken.png")]}
+    with pytest.raises(BadSample, match="broken image"):
+        ChatCollator(processor, 256).encode({"messages": asked(film, {"type": "text", "text": "what happens"})})
+
+
+def test_a_chat_in_which_no_answer_is_found_is_counted(llava, monkeypatch):
+    """As of a processor that writes some chats by another template than its own."""
+    collator = ChatCollator(load_processor(llava), 256)
+    monkeypatch.setattr(collator.processor.wrapped, "chat_template", "{{ messages[-1].content[0].text }}")
+    with pytest.raises(BadSample, match="no answer found"):
+        collator.encode({"messages": asked({"type": "text", "text": "is it red or blue?"})})
+
+
 def test_a_new_aki_learns_scopes_too(data, tmp_path):
     sizes = tiny(load_recipe("aki-4b/sft")).model
     recipe = recipe_of("unused", data, "scoped")
@@ -190,10 +185,14 @@ def test_a_new_aki_learns_scopes_too(data, tmp_path):
     assert model.get_input_embeddings().weight.shape[0] == len(processor.tokenizer)
 
 
-def test_frames_of_a_video_through_the_reader(data, tmp_path):
+def watcher():
     tokenizer = train_tokenizer(["what happens", "it is red"], bos_token="<s>", more=("<|end|>", "<video>"))
     squares = SiglipImageProcessorPil(size={"height": 16, "width": 16})
-    processor = AkiProcessor(squares, tokenizer, 4, chat_template=AKI, video_seq_length=3, video_frames=2)
+    return AkiProcessor(squares, tokenizer, 4, chat_template=AKI, video_seq_length=3, video_frames=2)
+
+
+def test_frames_of_a_video_through_the_reader(data, tmp_path):
+    processor = watcher()
     film = {"type": "video", "video": ["red.png", "blue.png"]}
     chat = {"messages": asked(film, {"type": "text", "text": "what happens"})}
     (tmp_path / "films.jsonl").write_text(json.dumps(chat) + "\n")
@@ -201,6 +200,7 @@ def test_frames_of_a_video_through_the_reader(data, tmp_path):
     batch, _ = ChatCollator(processor, 256).encode(source[0])
     assert (batch["input_ids"] == processor.video_token_id).sum() == 3
     frames = [
-        squares(Image.open(data / f"{name}.png"), return_tensors="pt")["pixel_values"] for name in ("red", "blue")
+        processor.image_processor(Image.open(data / f"{name}.png"), return_tensors="pt")["pixel_values"]
+        for name in ("red", "blue")
     ]
     assert torch.equal(batch["pixel_values_videos"], torch.stack(frames, 1))

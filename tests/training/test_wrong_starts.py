@@ -11,6 +11,7 @@ from families import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from aki.cli import main
+from aki.models.other import load_other_processor
 from aki.training.arguments import read_trainer
 from aki.training.memory import checkpoints
 from aki.training.recipe import ModelRecipe, Recipe, StageRecipe
@@ -49,14 +50,16 @@ class TestNoSuchModel:
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
         AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        assert "llama holds a model of type 'llama', which reads text alone: name a model" in says(folder, *options)
+        said = "holds no processor of media; a language model alone" if not options else "which reads text alone: name"
+        assert said in says(folder, *options)
 
     def test_no_folder(self, says, options):
-        assert "aki: there is no folder /nowhere/at/all, and no model of" in says("/nowhere/at/all", *options)
+        assert "there is no folder /nowhere/at/all, and " in says("/nowhere/at/all", *options)
 
     def test_an_adapter_without_its_model(self, says, tmp_path, options):
         (tmp_path / "adapter").mkdir()
         config = {"peft_type": "LORA", "base_model_name_or_path": "/nowhere/model"}
+        (tmp_path / "adapter/processor_config.json").write_text("{}")
         (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
         said = says(tmp_path / "adapter", *options)
         assert "adapter holds an adapter alone, and its model, /nowhere/model, is not there" in said
@@ -65,7 +68,7 @@ class TestNoSuchModel:
 @pytest.mark.parametrize(
     ("lacks", "said"),
     [
-        (("processor_config.json",), "holds no processor that transformers could open: copy that of the model"),
+        (("processor_config.json",), "holds no processor of media"),
         (("chat_template.jinja",), "has no chat template, which says how a chat is written and where its answers are"),
     ],
 )
@@ -74,6 +77,13 @@ def test_what_a_folder_lacks(llava, says, tmp_path, lacks, said):
     for name in lacks:
         (tmp_path / "lacking" / name).unlink()
     assert said in says(tmp_path / "lacking")
+
+
+def test_whoever_opens_a_folder_without_processor(llava, tmp_path):
+    shutil.copytree(llava, tmp_path / "lacking")
+    (tmp_path / "lacking/processor_config.json").unlink()
+    with pytest.raises(ValueError, match="holds no processor that transformers could open: copy that of the model"):
+        load_other_processor(tmp_path / "lacking")
 
 
 def test_a_library_that_is_not_installed(llava, says, monkeypatch):

@@ -116,11 +116,11 @@ class ChatCollator:
         Raises:
             BadSample: it cannot be used.
         """
-        if part["type"] == "image":
-            return {"type": "image", "image": _picture(part["image"])}
         if part["type"] != "text" and part["type"] not in self.processor.media_kinds:
             taken = ", ".join(self.processor.media_kinds)
             raise BadSample(f"{part['type']} not taken", f"the model's processor takes {taken} alone.")
+        if part["type"] == "image":
+            return {"type": "image", "image": _picture(part["image"])}
         if part["type"] == "video" and not isinstance(part["video"], str):
             return {"type": "video", "video": _frames(part["video"])}
         if part["type"] == "audio":
@@ -179,6 +179,10 @@ class ChatCollator:
         return batch | {"labels": labels, "prompt_block_ids": blocks}
 
     def _labelled(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "prompt_block_ids" not in batch:
+            raise BadSample(
+                "no answer found", "the chat as it was written has none of the template's marks of answers."
+            )
         labels = labels_from_prompt_blocks(
             batch["input_ids"], batch["attention_mask"], batch["prompt_block_ids"], *self.processor.media_token_ids
         )
@@ -235,7 +239,7 @@ def _with_answers(sample: Sample, number: int) -> Sample:
 
 def _frames(source: Any) -> Any:
     try:
-        return open_video(source)
+        return open_video([_picture(frame) for frame in source] if isinstance(source, list | tuple) else source)
     except ImageError as error:
         raise BadSample(error.reason, str(error)) from error
 

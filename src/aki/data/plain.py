@@ -66,8 +66,7 @@ def plain_messages(messages: list[Message], images: list[Any]) -> list[Message]:
         images: for image parts that name none, in order.
 
     Raises:
-        ValueError: an unknown role or part, or images that no part stands for.
-        IndexError: more parts than images.
+        ValueError: an unknown role or part, images that no part stands for, or more parts than images.
     """
     waiting = list(images)
     plain = []
@@ -108,6 +107,8 @@ def _plain_part(part: Message, waiting: list[Any]) -> Message:
         kinds = "text, image, video, audio, scope or table"
         raise ValueError(f"a part of the type {part['type']!r} is none of {kinds}")
     named = next((part[key] for key in ("image", "path", "url", "image_url") if _given(part.get(key))), None)
+    if named is None and not waiting:
+        raise ValueError("the chat shows more pictures than its images are")
     return {"type": "image", "image": _image(waiting.pop(0) if named is None else named)}
 
 

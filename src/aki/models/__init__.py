@@ -1,6 +1,6 @@
 """The model, its processor, and their places in transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto import modeling_auto
 
 from aki.models.configuration import AkiConfig, AkiConnectorConfig
@@ -11,6 +11,7 @@ from aki.models.processing import AkiProcessor
 AutoConfig.register(AkiConfig.model_type, AkiConfig, exist_ok=True)
 AutoModel.register(AkiConfig, AkiModel, exist_ok=True)
 AutoModelForImageTextToText.register(AkiConfig, AkiForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(AkiConfig, AkiForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(AkiConfig, AkiProcessor, exist_ok=True)
 register_names()
 # transformers' Trainer shifts the labels that it smooths for classes of the first kind alone; where it serves, the

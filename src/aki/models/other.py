@@ -135,16 +135,19 @@ def parameters_of(model: Any) -> dict[str, list[nn.Parameter]]:
     """A model's parameters by the part that they belong to, whatever its family calls it.
 
     Returns:
-        vision_encoder (of other families every encoder of media), connector, language_model (with its output layer).
+        vision_encoder (every encoder of media), connector (every one), language_model (with its output layer).
 
     Raises:
         CannotUnlock: a model in which no rule could be laid.
     """
-    if is_aki(model):
-        return {name: list(part.parameters()) for name, part in base_of(model).parts.items()}
-    base = base_of(model)
-    language = {id(p) for part in _language_parts(base) for p in part.parameters()}
     found: dict[str, list[nn.Parameter]] = {"vision_encoder": [], "connector": [], "language_model": []}
+    base = base_of(model)
+    if is_aki(model):
+        for name, part in base.parts.items():
+            kind = name if name in found else "connector" if name.endswith("connector") else "vision_encoder"
+            found[kind] += part.parameters()
+        return found
+    language = {id(p) for part in _language_parts(base) for p in part.parameters()}
     for name, parameter in base.named_parameters():
         is_connector = any(_CONNECTOR.search(piece) for piece in name.split("."))
         is_text = id(parameter) in language and MEDIA_IN_DECODER not in name.split(".")

@@ -70,7 +70,7 @@ def check_scopes(chats: list[list[dict[str, Any]]], processor: Any) -> None:
         ValueError: there are scopes, and the tokenizer has no tokens for them, or the chat template takes pictures
             out of them.
     """
-    contents = (message.get("content") for chat in chats for message in chat)
+    contents = [message.get("content") for chat in chats for message in chat]
     scoped = any(part in SCOPE_PARTS for content in contents if isinstance(content, list) for part in content)
     if not scoped:
         return
@@ -81,9 +81,11 @@ def check_scopes(chats: list[list[dict[str, Any]]], processor: Any) -> None:
             "resize_token_embeddings, and aki.unlock with the processor)."
         )
     template = getattr(processor, "chat_template", None)
-    figure = [{"role": "user", "content": [SCOPE_PARTS[0], {"type": "image"}, SCOPE_PARTS[1]]}]
-    if isinstance(template, str):
-        tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    kinds = {part.get("type", "").removesuffix("_url") for part in parts} & {"image", "video", "audio"}
+    for kind in sorted(kinds) if isinstance(template, str) else ():
+        figure = [{"role": "user", "content": [SCOPE_PARTS[0], {"type": kind}, SCOPE_PARTS[1]]}]
         text = tokenizer.apply_chat_template(figure, chat_template=template, tokenize=False)
         if SCOPE_TOKEN + END_SCOPE_TOKEN in text.replace(" ", ""):
             raise ValueError(

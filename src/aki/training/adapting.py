@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -20,7 +18,15 @@ from aki.models.other import (
     modules_beside_decoder,
     parameters_of,
 )
-from aki.training.recipe import KINDS_OF_ADAPTERS, AdapterRecipe, QuantizationRecipe, Recipe, RecipeError, StageRecipe
+from aki.training.recipe import (
+    KINDS_OF_ADAPTERS,
+    AdapterRecipe,
+    QuantizationRecipe,
+    Recipe,
+    RecipeError,
+    StageRecipe,
+    known,
+)
 
 _EVERY = "all-linear"
 """PEFT's word for every linear layer but the output layer."""
@@ -33,14 +39,15 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> A
         belongs_to: folder or hub id of the model, which the adapter's folder names; None for counting.
 
     Raises:
-        RecipeError: PEFT is not there, or does not take these fields, or a module that they name is not in the model.
+        RecipeError: PEFT is not there, or does not take these fields; or the model has no module of a name.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise RecipeError("adapter needs PEFT: pip install 'aki-mma[adapter]'.") from error
-    saved = [name for one in recipe.modules_to_save for name in (connectors_of(model) if one == "connector" else [one])]
-    _check_modules(model, recipe, saved)
+    saved = [name for one in recipe.modules_to_save for name in _modules_to_save(model, one)]
+    for name in recipe.target_modules:
+        _check_target(model, name)
     targets = list(recipe.target_modules) or language_linears(model)
     try:
         config = LoraConfig(
@@ -63,21 +70,25 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> A
         raise RecipeError(f"PEFT does not take this adapter: {error}") from error
 
 
-def _check_modules(model: nn.Module, recipe: AdapterRecipe, saved: Sequence[str]) -> None:
-    """PEFT passes over a name that is in no model, as long as another is.
+def _modules_to_save(model: nn.Module, name: str) -> list[str]:
+    """PEFT passes over a name that no module ends with."""
+    if name == "connector":
+        if not (found := connectors_of(model)):
+            raise RecipeError("adapter.modules_to_save: no module here could be told to be the connector: name it.")
+        return found
+    modules = [one for one, _ in base_of(model).named_modules()]
+    if not any(one.endswith(name) for one in modules):
+        ends = {one.rpartition(".")[2] for one in modules if not one.rpartition(".")[2].isdigit()}
+        known("module", name, {"connector", *ends}, "adapter.modules_to_save")
+    return [name]
 
-    Raises:
-        RecipeError: a module that is not in the model; the nearest is named.
-    """
-    names = [name for name, _ in base_of(model).named_modules() if name]
-    if "connector" in recipe.modules_to_save and not connectors_of(model):
-        raise RecipeError("adapter.modules_to_save: no module here could be told to be the connector: name it.")
-    for field, given in (("modules_to_save", saved), ("target_modules", recipe.target_modules)):
-        for one in given:
-            if one != _EVERY and not any(name == one or name.endswith(f".{one}") for name in names):
-                near = get_close_matches(one, sorted({name.rpartition(".")[2] for name in names}), n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise RecipeError(f"adapter.{field}: no module of this model is called {one!r}.{hint}")
+
+def _check_target(model: nn.Module, name: str) -> None:
+    """PEFT passes over a name that is in no model, as long as another is."""
+    modules = [one for one, _ in base_of(model).named_modules()]
+    if name != _EVERY and not any(one == name or one.endswith(f".{name}") for one in modules):
+        ends = {one.rpartition(".")[2] for one in modules if not one.rpartition(".")[2].isdigit()}
+        known("module", name, ends - {""}, "adapter.target_modules")
 
 
 def freeze(model: Any, recipe: Recipe, stage: StageRecipe) -> None:

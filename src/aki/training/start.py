@@ -24,6 +24,7 @@ from aki.training.recipe import Recipe, RecipeError
 
 _ATTENTION = ("auto", "sdpa", "eager")
 """What other families are trained with; auto is transformers' choice."""
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _PARTS = ("vision", "text", "connector")
 _TOKENIZERS = ("vocab_size",)
 """What the tokenizer decides, whatever a recipe says."""
@@ -36,12 +37,19 @@ def check_start(recipe: Recipe, folder: Path) -> None:
         RecipeError: the recipe's own sizes make no model.
     """
     if recipe.model.pretrained and not folder.is_dir():
-        return  # a hub id
+        if folder.is_absolute() or len(folder.parts) > 2:
+            raise RunError(f"model.pretrained: there is no folder {folder}, and that is no hub id (OWNER/NAME).")
+        return
     if not has_model(folder):
         raise RunError(f"{folder} holds no model to start from: run the stage before it first.")
     if (training_folder(folder) / "run.json").exists() and not (folder / RESULT).exists():
         raise RunError(f"{folder} holds a run that is not finished: go on with it first, with --resume.")
     if recipe.model.pretrained:
+        if not any((folder / file).exists() for file in _PROCESSORS):
+            raise RunError(
+                f"{folder} holds no processor of media; a language model alone is given an encoder by "
+                "model.from_backbones."
+            )
         return
     if adapter_of(folder) is not None:
         return  # its sizes are those of the model that it names

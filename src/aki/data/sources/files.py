@@ -136,8 +136,19 @@ def _has_half_pair(file: BinaryIO) -> bool:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The values of a JSONL file with their line numbers; a line that is no JSON is a BadSample in its place."""
+    """The values of a JSONL file with their line numbers; a line that is no JSON is a BadSample in its place.
+
+    Of a file that is one list, as LLaMA-Factory's are, its items with their numbers.
+    """
     with path.open("rb") as file:
+        if file.read(64).lstrip().startswith(b"["):
+            file.seek(0)
+            try:
+                yield from enumerate(json.load(file), 1)
+                return
+            except (ValueError, RecursionError):
+                pass  # lines that are lists, or no JSON
+        file.seek(0)
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
