@@ -14,7 +14,9 @@ from aki.cli import main
 from aki.models.other import load_other_processor
 from aki.training.arguments import read_trainer
 from aki.training.memory import checkpoints
+from aki.training.model import build_model
 from aki.training.recipe import ModelRecipe, Recipe, StageRecipe
+from aki.training.recipe.model import BackbonesRecipe
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,13 @@ def test_what_a_folder_lacks(llava, says, tmp_path, lacks, said):
     for name in lacks:
         (tmp_path / "lacking" / name).unlink()
     assert said in says(tmp_path / "lacking")
+
+
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_a_part_that_is_not_there(tiny_recipe, part):
+    tiny_recipe.model.from_backbones = BackbonesRecipe(**{part: "/nowhere/at/all"})
+    with pytest.raises(ValueError, match="there is no folder /nowhere/at/all, and no model of this name"):
+        build_model(tiny_recipe)
 
 
 def test_whoever_opens_a_folder_without_processor(llava, tmp_path):
