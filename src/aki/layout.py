@@ -61,6 +61,12 @@ class SequenceLayout:
         return self.modality != TEXT
 
 
+def is_packed(position_ids: Tensor, layout: SequenceLayout | None) -> bool:
+    """Whether rows hold several documents: positions (batch, length) restart, or the layout says so."""
+    restarts = torch.diff(position_ids) != 1 if layout is None else layout.document > 0
+    return bool(restarts.any())
+
+
 def moved(x: Tensor, device: torch.device) -> Tensor:
     """On that device; from pinned memory to a GPU, so that the host does not wait for the copy."""
     if device.type == "cuda" and x.device.type == "cpu":

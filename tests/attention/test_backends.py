@@ -11,10 +11,12 @@ from test_segment_attention import largest_allocation
 from transformers import AutoConfig
 
 from aki import AkiConfig, AkiForConditionalGeneration
+from aki.attention import RULES, Rule
 from aki.attention.backends import attention
 from aki.attention.choice import announce, choose, unfit
 from aki.attention.kernels import no_kernel, segment_attention
 from aki.attention.segments import decode, segments
+from aki.compat import CACHE
 from aki.layout import build_layout
 from aki.training.trainer import guard_batch
 
@@ -34,13 +36,12 @@ MODELS = {
 
 def build(implementation: str, language_model: str = "llama", **sizes) -> AkiForConditionalGeneration:
     torch.manual_seed(0)
-    text = AutoConfig.for_model(
-        language_model,
+    usual = {
         **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
         **{"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 100, "max_position_embeddings": 512},
         **{"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1},
-        **sizes,
-    )
+    }
+    text = AutoConfig.for_model(language_model, **usual | sizes)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = AutoConfig.for_model("siglip_vision_model", image_size=32, patch_size=8, **small)
     config = AkiConfig(
@@ -120,6 +121,15 @@ def test_a_compiled_language_model_changes_nothing():
     same_gradients(ours, build("segments"))
 
 
+def test_a_causal_model_compiles_whole():
+    """Asking for the rule by its name is no part of the graph."""
+    model, ids = build("sdpa"), torch.randint(3, 90, (1, 8), generator=torch.Generator().manual_seed(0))
+    model.config.attention_rule = "causal"
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_under_autocast_it_is_as_near_as_the_dense_mask():
     inputs = batch("right")
     with torch.no_grad():
@@ -161,10 +171,82 @@ def test_what_the_kernels_cannot_takes_the_dense_mask_and_says_why(caplog):
     assert "dense attention: it drops out scores" in caplog.text
 
 
+def test_every_way_to_the_dense_mask_says_its_reason_once(caplog):
+    announce.cache_clear()
+    inputs, cut = batch("left"), 40
+    pictures = {"input_ids": inputs["input_ids"][:1, :cut], "pixel_values": inputs["pixel_values"][:1]}
+    with caplog.at_level(logging.INFO, "aki.attention.choice"), torch.no_grad():
+        for _ in range(2):
+            build("eager")(**inputs)
+            build("segments", "gemma3_text", **MODELS["gemma3_text"])(**inputs)
+            model = build("segments")
+            cache = getattr(model(inputs["input_ids"][:1, :5] % IMAGE, use_cache=True), CACHE)
+            model(**pictures, **{CACHE: cache})
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("dense")]
+    assert said == [
+        "dense attention: attn_implementation is 'eager'",
+        "dense attention: the batch is longer than the window of layers of kind sliding_attention",
+        "dense attention: tokens are cached",
+    ]
+
+
+ONLY_EAGER = {
+    "gemma2": {"attn_logit_softcapping": 2.0},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 131072},
+}
+
+
+@pytest.mark.parametrize("implementation", ["segments", "auto"])
+@pytest.mark.parametrize("language_model", ONLY_EAGER)
+def test_caps_and_sinks_take_the_models_own_eager_attention_and_say_why(language_model, implementation, caplog):
+    """Torch's sdpa drops sinks without a word."""
+    announce.cache_clear()
+    eager = build("eager", language_model, **ONLY_EAGER[language_model])
+    for name, parameter in eager.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=2.0)
+    with caplog.at_level(logging.INFO, "aki.attention.choice"):
+        made = build(implementation, language_model, **ONLY_EAGER[language_model])
+        changed = build("eager", language_model, **ONLY_EAGER[language_model])
+        changed.set_attn_implementation({"text_config": implementation})
+    assert "'s attention (caps, sinks), its own eager one does" in caplog.text
+    with torch.no_grad():
+        wanted = eager(**batch("right")).logits
+        for ours in (made, changed):
+            ours.load_state_dict(eager.state_dict())
+            assert differs(ours(**batch("right")).logits, wanted, batch("right")["attention_mask"]) < 1e-6
+
+
+@pytest.mark.parametrize("asked", [{"softcap": 2.0}, {"s_aux": torch.zeros(2)}])
+def test_a_layer_that_asks_for_caps_or_sinks_all_the_same_is_an_error(asked):
+    for mask in (None, torch.zeros(1, 1, 2, 7, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=f"cannot compute {next(iter(asked))}"):
+            attention(None, *torch.zeros(3, 1, 1, 1, 8), mask, **asked)
+
+
+def second_turn_alone(layout, b, q, k):
+    return (k <= q) & ~((layout.prompt_block[b, q] == 1) & (layout.prompt_block[b, k] == 0))
+
+
+@pytest.mark.parametrize("implementation", ["segments", "auto", "sdpa", "eager"])
+def test_a_rule_that_closes_text_holds_where_there_is_no_picture(implementation, monkeypatch):
+    monkeypatch.setitem(RULES, "alone", Rule("alone", second_turn_alone))
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "prompt_block_ids": torch.tensor([[0] * 4 + [-1] * 2 + [1] * 3 + [-1] * 3])}
+    other = {**inputs, "input_ids": torch.where(inputs["prompt_block_ids"] == 0, 5, ids)}
+    model = build(implementation, num_hidden_layers=1)
+    with torch.no_grad():
+        one, two, causal = (
+            model(**given, attention_rule=rule).logits[:, 6:9]
+            for given, rule in ((inputs, "alone"), (other, "alone"), (other, "causal"))
+        )
+    torch.testing.assert_close(one, two)
+    assert not torch.allclose(two, causal, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("field", "reason"),
     [
-        ({"attn_logit_softcapping": 50.0}, "caps its scores"),
         ({"v_head_dim": 4}, "not one width"),
         ({"sliding_window": 16}, "longer than the layers' window"),
     ],

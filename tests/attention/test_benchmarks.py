@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,12 @@ HEADS = (2, 16)
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module
+
+    def script(name):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # a folder of tests may have its name
+        return importlib.import_module(name)
+
+    return script
 
 
 @pytest.fixture

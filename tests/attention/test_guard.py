@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aki import AkiConfig, AkiForConditionalGeneration
-from aki.attention import LeakError, check_no_leak, get_rule, reach
+from aki.attention import LeakError, NothingOpensError, Rule, check_no_leak, get_rule, reach
 from aki.layout import IGNORE_INDEX, SequenceLayout, grid_rings, number_runs
 
 every_rule = pytest.mark.parametrize("name", oracle.NAMES)
@@ -31,6 +31,21 @@ def true_verdict(name: str, batch: oracle.Batch) -> str:
     media = any(token.modality != 0 for row in batch.rows for token in row)
     opened = any(max(known[q]) > q for known in map(oracle.learned_of, masks) for q in range(len(known)))
     return "opens nothing" if name != "causal" and media and of_loss.any() and not opened else "passes"
+
+
+def test_a_rule_that_takes_something_away_is_no_rule_that_opens_nothing():
+    """Where it takes nothing away either, a model would not be trained by it."""
+
+    def answers_apart(layout, b, q, k):
+        answer = (layout.prompt_block[b, q] < 0) & (layout.modality[b, q] == 0)
+        return (k <= q) & ~(answer & (layout.modality[b, k] != 0))
+
+    rule = Rule("apart", answers_apart)
+    layout = SequenceLayout(*torch.tensor([[[0] * 4], [[1, 0, 0, 0]], [[0, -1, -1, -1]], [[0, 0, -1, -1]]]))
+    labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 5, 6]])
+    check_no_leak(rule, layout, labels)
+    with pytest.raises(NothingOpensError, match="'apart' opens nothing"):
+        check_no_leak(rule, replace(layout, prompt_block=layout.prompt_block.clamp(min=0)), labels)
 
 
 @every_rule

@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_unlock import built
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForImageTextToText
 from unlock_chats import chat
-from unlock_families import FAMILIES, ROWS
+from unlock_families import FAMILIES, IMAGE_ID, ROWS, TEXT, VISION
 
 import aki
 from aki.attention import CannotUnlock
@@ -107,6 +108,44 @@ def test_lock_puts_back_the_implementation():
     aki.unlock(model, rule="prefix")
     aki.lock(model)
     assert model.get_decoder().config._attn_implementation == "sdpa"
+
+
+def test_lock_leaves_encoders_whose_attention_the_decoders_configuration_names():
+    """Phi-4's decoder has the configuration of the whole model, and its encoders' in it."""
+    model = FAMILIES["Phi-4-multimodal"]().model
+    parts = model.get_decoder().config, model.config.vision_config, model.config.audio_config
+    model.set_attn_implementation({"vision_config": "eager", "audio_config": "eager"})
+    found = [[part._attn_implementation for part in parts]]
+    for change in (aki.unlock, aki.lock):
+        change(model)
+        found.append([part._attn_implementation for part in parts])
+    assert found == [[decoder, "eager", "eager"] for decoder in ("sdpa", "auto", "sdpa")]
+
+
+def test_sinks_that_flash_attention_would_have_computed_take_the_models_own_eager_attention():
+    text = {"model_type": "gpt_oss", **TEXT, "num_local_experts": 2, "num_experts_per_tok": 1}
+    vision = {"model_type": "clip_vision_model", **VISION}
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=vision, image_token_index=IMAGE_ID)
+    model = AutoModelForImageTextToText.from_config(config)
+    decoder = model.get_decoder().config
+    for before in ("eager", "flash_attention_2"):
+        decoder._attn_implementation = before
+        aki.unlock(model)
+        assert decoder._attn_implementation == "eager"
+        aki.lock(model)
+        assert decoder._attn_implementation == before
+
+
+@pytest.mark.parametrize("rule", ["causal", "mma", "prefix"])
+@pytest.mark.parametrize("lengths", [[1, 4], [1, 1, 1], [3, 1, 2]])
+def test_documents_of_one_token_are_apart_too(rule, lengths):
+    """Of text alone, which transformers' own masks keep apart where no cache is made."""
+    model = aki.unlock(FAMILIES["LLaVA"]().model.eval(), rule=rule)
+    ids = torch.randint(4, 19, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        alone = torch.cat([model(one).logits for one in ids.split(lengths, 1)], 1)
+        torch.testing.assert_close(model(ids, position_ids=positions).logits, alone)
 
 
 def test_flash_attention_is_not_refused():

@@ -175,11 +175,58 @@ def test_rules_are_found_by_name():
 def test_a_union_has_what_its_parts_have():
     rule = get_rule("mma+prefix+image_bidirectional")
     assert rule.name == "mma+prefix+image_bidirectional"
-    assert rule.opens_text
+    assert rule.changes_text
     assert rule.positions is None
     assert get_rule("mma+concentric").positions is ring_positions
     with pytest.raises(ValueError, match=r"no attention rule 'image_bidirectiona'.*Did you mean 'image_bidirectional'"):
         get_rule("mma+image_bidirectiona")
+
+
+def within(distance):
+    return lambda layout, b, q, k: (k <= q) & (q - k < distance)
+
+
+def media_near(layout, b, q, k):
+    return (k <= q) & ((layout.modality[b, q] == 0) | (q - k < 50))
+
+
+def media_by_themselves(layout, b, q, k):
+    media = (layout.modality[b, q] != 0) & (layout.modality[b, k] != 0)
+    return torch.where(media, q == k, k <= q)
+
+
+@pytest.mark.parametrize(
+    "allows",
+    [
+        within(3),
+        within(30_000),
+        media_near,
+        media_by_themselves,
+        lambda layout, b, q, k: k <= q + 1,
+        lambda layout, b, q, k: k < q,
+        lambda layout, b, q, k: (k <= q) & ((k < 8) | (q - k < 100)),
+    ],
+)
+def test_a_rule_that_runs_are_not_enough_for_is_told_so_when_it_is_asked_for(monkeypatch, allows):
+    """A plugin's, say: segments and the guard would take it for another."""
+    monkeypatch.setitem(RULES, "mine", Rule("mine", allows))
+    with pytest.raises(ValueError, match=r"runs are not enough for the rule 'mine': .* Give the layout a field"):
+        get_rule("mine")
+
+
+@pytest.mark.parametrize(
+    ("allows", "changes"),
+    [
+        (
+            lambda layout, b, q, k: (k <= q) & ~((layout.prompt_block[b, q] == 1) & (layout.prompt_block[b, k] == 0)),
+            True,
+        ),
+        (lambda layout, b, q, k: (k <= q) & ~((layout.modality[b, q] == 0) & (layout.modality[b, k] != 0)), False),
+        (lambda layout, b, q, k: (k <= q) | (layout.prompt_block[b, k] == 0), True),
+    ],
+)
+def test_a_rule_changes_text_where_it_closes_some_or_opens_it(allows, changes):
+    assert Rule("mine", allows).changes_text == changes
 
 
 def test_an_unknown_rule_is_a_sentence_with_the_nearest():

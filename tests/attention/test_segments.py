@@ -11,6 +11,7 @@ from layouts import layouts, make_layout, mask_of, scoped_layouts
 
 from aki.attention import RULES, Rule, dense_mask, get_rule
 from aki.attention.segments import Span, allowed_pairs, decode, encode, far, is_plan, segments
+from aki.layout import SequenceLayout
 
 every_rule = pytest.mark.parametrize("name", oracle.NAMES)
 
@@ -101,6 +102,25 @@ def test_nothing_but_padding_is_no_segment():
     assert is_plan(encode([]))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_a_batch_of_no_tokens_has_no_segments(shape):
+    none = torch.zeros(shape, dtype=torch.int64)
+    layout = SequenceLayout(none, none, none, none)
+    assert segments("mma", layout) == []
+    assert far(get_rule("mma"), layout).shape == shape
+
+
+@pytest.mark.parametrize("name", oracle.NAMES)
+def test_another_default_device_changes_nothing(name):
+    """As torch.set_default_device("cuda") in a script: what is made here stays with the batch."""
+    layout = make_layout([(2, [list(CHAT), list(CHAT)], True), (0, [list(CHAT)], False)])
+    rule = get_rule(name)
+    wanted = encode(segments(rule, layout)), far(rule, layout)
+    with torch.device("meta"):
+        found = encode(segments(name, layout)), far(rule, layout)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_masks_are_not_plans():
     ones = [torch.ones(1, 1, 2, 2, dtype=dtype) for dtype in (torch.float32, torch.bool, torch.int64)]
     assert not any(is_plan(mask) for mask in (None, *ones))
@@ -128,7 +148,9 @@ def test_a_rule_is_one_function_and_one_sentence_of_the_oracle(monkeypatch):
     @settings(max_examples=40)
     def check(batch):
         for name in ("apart", "apart+mma"):
-            reproduces(get_rule(name), batch.layout, oracle.masks(name, batch.rows))
+            wanted = oracle.masks(name, batch.rows)
+            assert torch.equal(dense_mask(get_rule(name), batch.layout), wanted)
+            reproduces(get_rule(name), batch.layout, wanted)
 
     check()
 

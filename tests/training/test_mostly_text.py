@@ -36,12 +36,14 @@ def test_12_8_mostly_text_trains(tiny_recipe, tmp_path, monkeypatch, pictures):
     assert len(settled_on) == len(pictures)
 
 
-def test_12_7_a_sharded_encoder_runs_on_all_processes_so_none_may_have_its_features_cached(tiny_recipe, tmp_path):
+def test_12_7_a_sharded_encoder_runs_on_all_processes_so_none_may_have_its_features_cached(
+    tiny_recipe, tmp_path, monkeypatch
+):
     stage = replace(tiny_recipe.pretrain, frozen=("vision_encoder",))
     recipe = replace(tiny_recipe, pretrain=stage, sft=None, feature_cache=str(tmp_path / "cache"))
     model, processor = stages.build_model(recipe)
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    arguments.fsdp = True
+    monkeypatch.setattr(stages, "shards_weights", lambda _: True)
     with pytest.raises(RunError, match="feature_cache would let some of them skip it"):
         stage_trainer(
             Job(recipe, "pretrain", tmp_path),

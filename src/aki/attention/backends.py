@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -37,21 +37,30 @@ def attention(
         (batch, queries, heads, width), and None for the weights.
 
     Raises:
-        ValueError: a layer asks for what segments cannot have: dropout, soft-capping, sinks, a position bias.
+        ValueError: a layer asks for what cannot be had here: soft-capping, sinks; of segments dropout, a position bias.
     """
-    if not is_plan(attention_mask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    refused += ["dropout"] if dropout else []
+    asked = {**kwargs, "dropout": dropout or None}
+    names = ["softcap", "s_aux", *(("position_bias", "dropout") if is_plan(attention_mask) else ())]
+    refused = [name for name in names if asked.get(name) is not None]
     if refused:
         raise ValueError(
-            f"attention by segments cannot compute {', '.join(refused)}, which this language model asks for: load it "
-            "with attn_implementation='eager'."
+            f"attention here cannot compute {', '.join(refused)}, which this language model asks for: load it with "
+            "attn_implementation='eager'."
         )
+    if not is_plan(attention_mask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     # As scaled_dot_product_attention: rotary embeddings leave query and key in float32.
     query, key, value = (x.to(computed_in(query)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return segment_attention(query, key, value, attention_mask, scale).transpose(1, 2), None
+
+
+def settle(decoder: PreTrainedModel) -> None:
+    """A decoder whose layers ask for what sdpa does not compute (caps, sinks) keeps its own eager attention."""
+    if decoder.config._attn_implementation in BACKENDS and not decoder._supports_sdpa:
+        name = type(decoder).__name__
+        announce(Choice("dense", f"sdpa does not compute {name}'s attention (caps, sinks), its own eager one does"))
+        decoder.config._attn_implementation = {"": "eager"}
 
 
 def takes_prepared(config: PreTrainedConfig, cache: Cache | None) -> bool:
@@ -83,6 +92,8 @@ def prepare_attention(
         return language_model_masks(rule, layout.to(inputs_embeds.device), *dense_arguments)
 
     if not takes_prepared(config, past_key_values):
+        name = config._attn_implementation
+        announce(Choice("dense", "tokens are cached" if name in BACKENDS else f"attn_implementation is {name!r}"))
         return dense()
     found = tuple(segments(rule, layout))
     reason = unfit(config, inputs_embeds.device, computed_in(inputs_embeds), layout.shape[1])
@@ -98,9 +109,14 @@ def prepare_attention(
     plan, full = encode(found), sees_everything(config, layout.shape[1])
     if getattr(config, "layer_types", None) is None:
         return plan
-    masks = {} if all(full.values()) else dense()
+    plans: dict[str, Tensor] = {kind: plan for kind, sees_all in full.items() if sees_all}
+    if len(plans) == len(full):
+        return plans
+    windowed = ", ".join(sorted(full.keys() - plans.keys()))
+    announce(Choice("dense", f"the batch is longer than the window of layers of kind {windowed}"))
+    masks = dense()
     assert isinstance(masks, dict)
-    return {kind: plan if sees_all else masks[kind] for kind, sees_all in full.items()}
+    return masks | plans
 
 
 for _name in BACKENDS:

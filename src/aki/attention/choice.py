@@ -54,8 +54,6 @@ def unfit(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, ba
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if getattr(config, "v_head_dim", width) not in (None, width):
         return "its keys and values have not one width"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "it caps its scores, which the kernels cannot"
     if getattr(config, "attention_dropout", 0.0):
         return "it drops out scores, which the kernels cannot: set attention_dropout to 0"
     if not any(sees_everything(config, batch_length).values()):

@@ -204,10 +204,10 @@ def _kernel_backward(grad, query, key, value, out, lse, shape: bool | tuple[Segm
 def _mask(found: tuple[Segment, ...], size: int, dtype: torch.dtype) -> Tensor:
     """(size, size), 0 where a key is seen and -inf elsewhere; kept for the layers to come, which compute the same."""
     with torch.inference_mode(False):
-        mask = torch.full((size, size), -torch.inf, dtype=dtype)
+        mask = torch.full((size, size), -torch.inf, dtype=dtype, device="cpu")
         for segment in found:
             queries, keys = (tokens(spans) for spans in (segment.queries, segment.keys))
-            seen = torch.zeros(len(queries), len(keys), dtype=dtype)
+            seen = mask.new_zeros(len(queries), len(keys))
             if segment.is_causal:
                 seen = seen.masked_fill(torch.ones_like(seen).triu(len(keys) - len(queries) + 1).bool(), -torch.inf)
             mask[queries[:, None], keys] = seen
@@ -215,8 +215,8 @@ def _mask(found: tuple[Segment, ...], size: int, dtype: torch.dtype) -> Tensor:
 
 
 def tokens(spans: Iterable[Span]) -> Tensor:
-    """(tokens,) int64."""
-    return torch.cat([torch.arange(start, stop) for start, stop in spans])
+    """(tokens,) int64, on the CPU."""
+    return torch.cat([torch.arange(start, stop, device="cpu") for start, stop in spans])
 
 
 def _is_everything(call: Call, query: Tensor, key: Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aki.attention.rules import Rule
-from aki.attention.segments import far
+from aki.attention.segments import far, segments
 from aki.layout import IGNORE_INDEX, SequenceLayout
 
 CHOOSE_CAUSAL = "attention_rule='causal'"
@@ -38,14 +38,14 @@ def reach(rule: Rule, layout: SequenceLayout) -> Tensor:
 
 
 def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
-    """Refuse a training batch that leaks, or in which a rule beyond causal opens nothing.
+    """Refuse a training batch that leaks, or in which a rule beyond causal is causal attention.
 
     Args:
         labels: (batch, length), -100 is not learned; what stands on media tokens is ignored.
 
     Raises:
         LeakError: with the row, the rule and the path of the leak.
-        NothingOpensError: the rule opens nothing.
+        NothingOpensError: the rule opens nothing, and takes nothing away.
     """
     labels = labels.masked_fill(layout.is_media, IGNORE_INDEX)
     supervised = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
@@ -55,7 +55,8 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
     if leaks.any():
         raise LeakError(_leak_message(rule, layout, leaks))
     beyond_causal = rule.name != "causal"
-    if beyond_causal and layout.is_media.any() and supervised.any() and not ahead.any():
+    used = ahead.any() or (beyond_causal and segments(rule, layout) != segments("causal", layout))
+    if beyond_causal and layout.is_media.any() and supervised.any() and not used:
         raise NothingOpensError(
             f"the rule {rule.name!r} opens nothing in this batch: no picture has prompt text that it could see, "
             f"because every text token after it is a label. On captions train with {CHOOSE_CAUSAL} (as the "

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import reduce
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -78,31 +78,77 @@ class Rule:
     positions: Callable[[SequenceLayout], Tensor] | None = None
 
     def sees(self, layout: SequenceLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """The rule within documents. Padding is never a key; as a query it keeps its row, whatever the document."""
+        """The rule within documents. Padding is never a key; as a query it is causal, whatever the document."""
         q_document, k_document = layout.document[b, q], layout.document[b, k]
-        together = ((q_document == k_document) | (q_document < 0)) & (k_document >= 0)
-        return self.allows(layout, b, q, k) & together
+        ruled = self.allows(layout, b, q, k) & (q_document == k_document)
+        return torch.where(q_document < 0, k <= q, ruled) & (k_document >= 0)
 
     @property
-    def opens_text(self) -> bool:
-        """Whether it opens anything where there is no media: of two prompt tokens, does the first see the second?"""
-        prompt = torch.zeros(1, 2, dtype=torch.int64)
-        layout = SequenceLayout(prompt, prompt, prompt - 1, prompt, ring=prompt - 1)
-        first, second = torch.arange(2)
-        return bool(self.allows(layout, first, first, second))
+    def changes_text(self) -> bool:
+        """Whether it is more, or less, than causal attention where there is no media: on two turns of text."""
+        return _changes_text(self)
 
 
+@cache
+def _changes_text(rule: Rule) -> bool:
+    block = torch.tensor([[0, 0, -1, -1, 1, 1]], device="cpu")
+    text, none = torch.zeros_like(block), torch.full_like(block, -1)
+    token = torch.arange(6, device="cpu")
+    q, k = token[:, None], token
+    allowed = rule.allows(SequenceLayout(text, text, none, block, ring=none), torch.zeros_like(q), q, k)
+    return not torch.equal(allowed, k <= q)
+
+
+@torch.compiler.assume_constant_result
 def get_rule(name: str) -> Rule:
     """The rule of that name; `a+b` opens what either opens, and numbers the tokens as the first that does.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or none that runs of tokens are enough for.
     """
-    parts = [_single(part) for part in name.split("+")]
-    if len(parts) == 1:
-        return parts[0]
-    positions = next((rule.positions for rule in parts if rule.positions is not None), None)
-    return Rule(name, lambda *at: reduce(torch.logical_or, (rule.allows(*at) for rule in parts)), positions)
+    return _union(tuple(_single(part) for part in name.split("+")))
+
+
+@cache
+def _union(parts: tuple[Rule, ...]) -> Rule:
+    rule = parts[0]
+    if len(parts) > 1:
+        positions = next((part.positions for part in parts if part.positions is not None), None)
+        name = "+".join(part.name for part in parts)
+        rule = Rule(name, lambda *at: reduce(torch.logical_or, (part.allows(*at) for part in parts)), positions)
+    with torch.device("cpu"):
+        _check_runs(rule)
+    return rule
+
+
+def _check_runs(rule: Rule) -> None:
+    """On long runs of many kinds: do tokens that are alike in all of the layout differ by `k <= q` alone?
+
+    Raises:
+        ValueError: they do not.
+    """
+    modality, block, scope = torch.cartesian_prod(torch.arange(3), torch.arange(-1, 2), torch.arange(3)).T
+    run = torch.arange(len(modality))
+    item, ring = (torch.where(modality != TEXT, number, -1) for number in (run // 2, run % 2))
+    columns = torch.stack([run * 0, modality, item, block, scope, run * 0 + 2, ring])
+    layout = SequenceLayout(*columns[:, None].repeat_interleave(_RUN, -1))
+    first, last = run * _RUN, (run + 1) * _RUN - 1
+
+    def at(q: Tensor, k: Tensor) -> Tensor:
+        return rule.allows(layout, torch.zeros_like(q)[:, None], q[:, None], k)
+
+    seen = at(first, last)
+    behind = seen | (run[:, None] == run)
+    corners = ((first, first), (last, first), (last, last))
+    if not torch.equal(at(first, first + 1), seen) or any(not torch.equal(at(q, k), behind) for q, k in corners):
+        raise ValueError(
+            f"runs are not enough for the rule {rule.name!r}: tokens that are alike in all of the layout differ by "
+            "more than `k <= q`, by how far they are from each other for instance. Give the layout a field "
+            "(aki/layout.py) that says what the rule reads."
+        )
+
+
+_RUN = 4096
 
 
 def _single(name: str) -> Rule:

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aki.attention.rules import Rule, get_rule
 from aki.layout import SequenceLayout
@@ -100,7 +100,7 @@ def far(rule: Rule, layout: SequenceLayout) -> Tensor:
     grid = _grid(rule, layout)
     last = torch.where(grid.seen, grid.stop[grid.key] - 1, -1)
     of_run = last.new_zeros(grid.row.shape).scatter_reduce(0, grid.query, last, "amax")
-    position = torch.arange(layout.shape[1]).expand(layout.shape)
+    position = torch.arange(layout.shape[1], device="cpu").expand(layout.shape)
     of_token = torch.zeros_like(position).masked_scatter(
         ~layout.is_padding, of_run.repeat_interleave(grid.stop - grid.start)
     )
@@ -134,7 +134,7 @@ def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
 def _grid(rule: Rule, layout: SequenceLayout) -> _Grid:
     document = layout.document
     begins = torch.zeros_like(document, dtype=torch.bool)
-    begins[:, 0] = True
+    begins[:, :1] = True
     for field in fields(layout):
         values = getattr(layout, field.name)
         if values is not None:
@@ -149,8 +149,8 @@ def _grid(rule: Rule, layout: SequenceLayout) -> _Grid:
     new[1:] = (row[1:] != row[:-1]) | (own[1:] != own[:-1])
     group = new.cumsum(0) - 1
     size = group.bincount()[group]
-    query = torch.arange(len(own)).repeat_interleave(size)
-    key = (new.nonzero()[:, 0][group] + size - size.cumsum(0))[query] + torch.arange(len(query))
+    query = torch.arange(len(own), device="cpu").repeat_interleave(size)
+    key = (new.nonzero()[:, 0][group] + size - size.cumsum(0))[query] + torch.arange(len(query), device="cpu")
     other = torch.where(query == key, stop[key] - 1, start[key])
     return _Grid(row, own, start, stop, size, query, key, rule.allows(layout, row[query], start[query], other))
 
@@ -191,7 +191,7 @@ def _of_padding(layout: SequenceLayout) -> Iterator[Segment]:
     padding = layout.is_padding
     follows = (~padding).flip(1).cumsum(1).flip(1) > 0
     for row in (padding & follows).any(1).nonzero()[:, 0].tolist():
-        edges = torch.diff(padding[row].int(), prepend=torch.tensor([0]), append=torch.tensor([0]))
+        edges = torch.diff(nn.functional.pad(padding[row].int(), (1, 1)))
         starts, stops = ((edges == step).nonzero()[:, 0].tolist() for step in (1, -1))
         before, reached = [], 0
         for start, stop in zip(starts, stops, strict=True):
@@ -216,7 +216,7 @@ def encode(found: Iterable[Segment]) -> Tensor:
         for is_key, spans in enumerate((s.queries, s.keys))
         for span in spans
     ]
-    return torch.tensor(rows, dtype=torch.int64).view(1, 1, -1, _COLUMNS)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(1, 1, -1, _COLUMNS)
 
 
 def decode(plan: Tensor) -> list[Segment]:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aki.attention.backends import prepare_attention
+from aki.attention.backends import prepare_attention, settle
 from aki.attention.dense import as_boolean, check_takes_masks, is_prepared, language_model_masks
 from aki.attention.families import CannotUnlock, media_token_ids, text_decoder, underlying_model, unwrapped
 from aki.attention.guard import NothingOpensError, check_no_leak
 from aki.attention.recorded import on_saving, record_rule, recorded_rule
 from aki.attention.rules import Rule, get_rule
 from aki.compat import given_cache
-from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN, SequenceLayout, build_layout
+from aki.layout import END_SCOPE_TOKEN, SCOPE_TOKEN, SequenceLayout, build_layout, is_packed
 from aki.prompts.blocks import AnswerMarks
 from aki.prompts.scopes import scope_token_ids
 
@@ -156,11 +156,13 @@ class _Unlocked:
         if _takes_segments(self.decoder):
             # By segments where the rule opens something, and as sdpa everywhere else.
             self.locked_attention = self.decoder.config._attn_implementation
-            self.decoder.config._attn_implementation = "auto"
+            self.decoder.config._attn_implementation = {"": "auto"}
+            settle(self.decoder)
         _forget_compiled()
 
     def detach(self) -> None:
-        self.decoder.config._attn_implementation = self.locked_attention
+        # Of the decoder alone: its configuration may be the whole model's, and hold its encoders'.
+        self.decoder.config._attn_implementation = {"": self.locked_attention}
         for handle in self.handles:
             handle.remove()
         _forget_compiled()
@@ -207,10 +209,10 @@ class _Unlocked:
             layout: found beforehand, by `layout_of_batch`, and guarded there.
         """
         if layout is not None:
-            return layout if self.rule.opens_text or bool(layout.is_media.any()) else None
+            return layout if self.rule.changes_text or bool(layout.is_media.any()) else None
         ids = inputs.get("input_ids")
         if ids is None:
-            if self.rule.opens_text or any(inputs.get(name) is not None for name in _MEDIA_INPUTS):
+            if self.rule.changes_text or any(inputs.get(name) is not None for name in _MEDIA_INPUTS):
                 raise ValueError("an unlocked model needs input_ids, which say what each token is.")
             embeds = inputs.get("inputs_embeds")
             if embeds is not None and embeds.shape[1] > 1:
@@ -221,7 +223,7 @@ class _Unlocked:
                     stacklevel=2,
                 )
             return None
-        if ids.shape[1] == 1 or not (self.rule.opens_text or self.has_media(ids)):
+        if ids.shape[1] == 1 or not (self.rule.changes_text or self.has_media(ids)):
             return None
         labels, cache = inputs.get("labels"), given_cache(inputs)
         seen = 0 if cache is None else int(cache.get_seq_length())
@@ -362,11 +364,11 @@ def _text_positions(position_ids: Tensor | None) -> Tensor | None:
 
 
 def _is_packed(inputs: dict[str, Any], layout: SequenceLayout | None) -> bool:
-    """Whether rows hold several documents, whose positions restart."""
+    """Whether rows hold several documents, and no cache does."""
     positions = _text_positions(inputs.get("position_ids"))
     if positions is None or inputs.get("attention_mask") is not None or given_cache(inputs) is not None:
         return False
-    return bool((torch.diff(positions) < 0 if layout is None else layout.document > 0).any())
+    return is_packed(positions, layout)
 
 
 def _say_what_is_joined(model: PreTrainedModel, rule: str) -> None:

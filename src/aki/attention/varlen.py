@@ -69,12 +69,12 @@ def _call(found: list[Segment], shape: tuple[int, int, int], device: torch.devic
 
 
 def _edges(spans: list, device: torch.device) -> Tensor:
-    return moved(torch.tensor([0, *map(length, spans)]).cumsum(0, dtype=torch.int32), device)
+    return moved(torch.tensor([0, *map(length, spans)], device="cpu").cumsum(0, dtype=torch.int32), device)
 
 
 def _index(rows: list[int], spans: list, room: int, total: int, device: torch.device) -> Tensor | None:
     index = torch.cat([row * room + tokens(own) for row, own in zip(rows, spans, strict=True)])
-    return None if torch.equal(index, torch.arange(total)) else moved(index, device)
+    return None if torch.equal(index, torch.arange(total, device="cpu")) else moved(index, device)
 
 
 def forward(

@@ -51,7 +51,8 @@ class Train(TakesPlugins):
         processes = self._processes(recipe)
         if self.dry_run:
             self._print_estimates(recipe, processes)
-        elif processes > 1 and not _launched():
+        # DeepSpeed asks for a launcher also of one process.
+        elif (processes > 1 or recipe.trainer.get("deepspeed")) and not _launched():
             _launch(processes)
         else:
             self._train(recipe)

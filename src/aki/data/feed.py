@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from aki.data.collate import ChatCollator
 from aki.data.mixture import ATTEMPTS, GaveUp
 from aki.data.pack import RopeIndex, position_axes
-from aki.data.packing import AXES, PackedCollator, Row, items_of, pack, split_rows, with_axes
+from aki.data.packing import AXES, PackedCollator, Row, items_of, kinds_of, pack, split_rows, with_axes
 from aki.data.report import DataReport, TooManyBadSamples
 from aki.data.schema import Sample
 
@@ -84,6 +84,8 @@ class Feed(IterableDataset):
         row_tokens: pack rows of so many tokens; None: a row is a sample.
         rank, ranks: which process this is.
         rope_index: of a family with multimodal rotary positions, whose packed documents get their own.
+        spares: rows with media of which nothing is learned, one for each kind; a batch without a kind gets its spare.
+            None: batches stay as they are.
     """
 
     samples: Samples
@@ -94,6 +96,7 @@ class Feed(IterableDataset):
     ranks: int = 1
     first_chunk: int = 0
     rope_index: RopeIndex | None = None
+    spares: Sequence[Row] | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
         worker = get_worker_info()
@@ -110,7 +113,7 @@ class Feed(IterableDataset):
             opened = sample if len(self.collators) == 1 else self.collators[0].opened(sample)
             encoded = [collator.encode(opened) for collator in self.collators]
             report.used(sample.source, any(shortened for _, shortened in encoded))
-            return [self._placed(row) for row, _ in encoded]
+            return [self.placed(row) for row, _ in encoded]
 
         try:
             taken = self.samples.take(number, (self.rank, self.ranks), size, use, report)
@@ -119,14 +122,31 @@ class Feed(IterableDataset):
         if self.row_tokens is not None:
             rows = pack(taken, self.row_tokens)
         else:
-            rows = [row for in_order in zip(*taken, strict=True) for row in in_order]
+            rows = self.with_spares([row for in_order in zip(*taken, strict=True) for row in in_order])
         return Chunk(self.batch(rows), len(rows), items_of(rows), report, self.samples.place)
 
-    def _placed(self, row: Row) -> Row:
+    def placed(self, row: Row) -> Row:
         """A sample with its positions, where they are more than its tokens' numbers."""
         if self.row_tokens is None or self.rope_index is None:
             return row
         return row | {AXES: position_axes(self.rope_index, row).transpose(0, 1)}
+
+    def with_spares(self, rows: list[Row]) -> list[Row]:
+        """The rows of a batch with a spare for each kind of media that they lack.
+
+        Raises:
+            ValueError: they have media of a kind without a spare.
+        """
+        if self.spares is None:
+            return rows
+        if unknown := kinds_of(rows) - kinds_of(self.spares):
+            raise ValueError(
+                f"a sample has {', '.join(sorted(unknown))}, which none of the first ones had: processes that share a "
+                "model in shards have to meet in it in each step. Give such samples more weight, or train without "
+                "shards."
+            )
+        there = kinds_of(rows)
+        return rows + [spare for spare in self.spares if not kinds_of([spare]) <= there]
 
     def batch(self, rows: list[Row]) -> Row:
         return PackedCollator(self.collators[0].processor.tokenizer.pad_token_id)(rows)
@@ -181,8 +201,11 @@ class Loader:
                     places = places | {str(number % max(self.workers, 1)): chunk.place}
                 if len(waiting) == (1 if self.feed.row_tokens is None else self.feed.batch_size):
                     self._at = Position(number + 1, 0, places) if last else Position(number, row + 1, places)
-                    yield with_axes(self.feed.batch(waiting)) if self.feed.row_tokens is not None else waiting[0]
+                    yield waiting[0] if self.feed.row_tokens is None else self._packed(waiting)
                     waiting = []
+
+    def _packed(self, rows: list[Row]) -> Row:
+        return with_axes(self.feed.batch(self.feed.with_spares(rows)))
 
     def _chunks(self) -> Iterator[Chunk]:
         feed = replace(self.feed, first_chunk=self._at.chunk)

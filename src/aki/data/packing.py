@@ -95,9 +95,14 @@ def with_axes(batch: Row) -> Row:
     return {name: values for name, values in batch.items() if name != AXES} | {"position_ids": positions}
 
 
+def kinds_of(rows: Sequence[Row]) -> set[str]:
+    """The kinds of media that any row has, by the names of their inputs."""
+    return {name for row in rows for name in row if name not in _BY_TOKEN}
+
+
 def items_of(rows: Sequence[Row]) -> dict[str, list[int]]:
     """Of each kind of media that any row has, how many items each of them has."""
-    kinds = sorted({name for row in rows for name in row if name not in _BY_TOKEN})
+    kinds = sorted(kinds_of(rows))
     return {kind: [len(row[kind]) if kind in row else 0 for row in rows] for kind in kinds}
 
 

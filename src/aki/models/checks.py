@@ -21,7 +21,7 @@ def check_behind_cache(
     Args:
         blocks: (batch, length), or with those of cached tokens before them.
     """
-    if cache is None or not (rule.positions is not None or (rule.opens_text and length > 1)):
+    if cache is None or not (rule.positions is not None or (rule.changes_text and length > 1)):
         return
     seen = int(cache.get_seq_length())
     if seen == 0:
@@ -31,7 +31,7 @@ def check_behind_cache(
             f"the rule {rule.name!r} numbers tokens in its own way, and what is cached does not tell how far it came: "
             "pass position_ids, the last of model.positions_by_rule(all input_ids so far)."
         )
-    if not rule.opens_text or length == 1:
+    if not rule.changes_text or length == 1:
         return
     if blocks is None or blocks.shape[1] < seen + length:
         raise ValueError(

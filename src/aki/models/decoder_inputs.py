@@ -11,18 +11,19 @@ from transformers import Cache, PreTrainedConfig
 from aki.attention import Rule, prepare_attention
 from aki.attention.backends import takes_prepared
 from aki.compat import CACHE
-from aki.layout import SequenceLayout, moved
+from aki.layout import SequenceLayout, is_packed, moved
 
 Mask = Tensor | dict | None
 
 
 def needs_layout(rule: Rule, config: PreTrainedConfig, shows_media: bool, length: int, cache: Cache | None) -> bool:
     """Whether the rule can open anything in this call, or the language model wants prepared attention in any case."""
-    return opens_ahead(rule, shows_media, length) or takes_prepared(config, cache)
+    return beyond_causal(rule, shows_media, length) or takes_prepared(config, cache)
 
 
-def opens_ahead(rule: Rule, shows_media: bool, length: int) -> bool:
-    return rule.name != "causal" and (shows_media or (rule.opens_text and length > 1))
+def beyond_causal(rule: Rule, shows_media: bool, length: int) -> bool:
+    """Whether a rule can be other than causal attention in a call of so many tokens."""
+    return rule.name != "causal" and (shows_media or (rule.changes_text and length > 1))
 
 
 def blocks_of_call(blocks: Tensor | None, length: int, cache: Cache | None, input_ids: Tensor | None) -> Tensor | None:
@@ -79,11 +80,11 @@ def decoder_inputs(
         "position_ids": counted(attention_mask, position_ids, length),
         CACHE: cache,
     }
-    if attention_mask is None and cache is None and position_ids is not None and _is_packed(position_ids, layout):
+    if attention_mask is None and cache is None and position_ids is not None and is_packed(position_ids, layout):
         # transformers keeps packed documents apart only where no cache is made.
         asked["use_cache"] = False
     ready_made = attention_mask is not None and padding is None
-    if ready_made or layout is None or not needs_layout(rule, config, bool(layout.is_media.any()), length, cache):
+    if ready_made or layout is None or not needs_layout(rule, config, True, length, cache):
         return asked
     asked["attention_mask"] = prepare_attention(
         rule, layout, config, inputs_embeds, padding, cache, asked["position_ids"]
@@ -92,12 +93,6 @@ def decoder_inputs(
     if rule.positions is not None and (cache is None or int(cache.get_seq_length()) == 0):
         asked["position_ids"] = moved(rule.positions(layout), inputs_embeds.device)
     return asked
-
-
-def _is_packed(position_ids: Tensor, layout: SequenceLayout | None) -> bool:
-    """Whether rows hold several documents, whose positions restart."""
-    restarts = torch.diff(position_ids) != 1 if layout is None else layout.document > 0
-    return bool(restarts.any())
 
 
 def identify(inputs_embeds: Tensor, embeddings: nn.Module, token_ids: list[int]) -> Tensor:

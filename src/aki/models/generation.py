@@ -14,7 +14,7 @@ from aki.attention import get_rule
 from aki.compat import CACHE, CACHE_NAMES, given_cache
 from aki.layout import SequenceLayout
 from aki.models.configuration import AkiConfig
-from aki.models.decoder_inputs import opens_ahead
+from aki.models.decoder_inputs import beyond_causal
 from aki.models.media import Media
 
 
@@ -51,7 +51,7 @@ class AkiGenerationMixin(GenerationMixin):
         config = kwargs.get("generation_config") or self.generation_config
         size = kwargs.get("prefill_chunk_size") or config.prefill_chunk_size
         shows_media = any(kwargs.get(name) is not None for name in self.config.media)
-        if size is not None and (rule.positions is not None or opens_ahead(rule, shows_media, size + 1)):
+        if size is not None and (rule.positions is not None or beyond_causal(rule, shows_media, size + 1)):
             raise ValueError(
                 f"the rule {rule.name!r} needs the prompt whole, and prefill_chunk_size={size} cuts it into pieces, "
                 "which would not see what comes after them: leave prefill_chunk_size out, or generate with "
@@ -83,7 +83,7 @@ class AkiGenerationMixin(GenerationMixin):
         rule = get_rule(kwargs.get("attention_rule") or self.config.attention_rule)
         seen = 0 if cache is None else int(cache.get_seq_length())
         new_alone = is_first_iteration and kwargs.get("next_sequence_length") is None and inputs_embeds is None
-        if seen > 0 and new_alone and (rule.positions is not None or rule.opens_text):
+        if seen > 0 and new_alone and (rule.positions is not None or rule.changes_text):
             raise ValueError(
                 f"the rule {rule.name!r} needs all tokens, and of those in the cache ({seen}) none are given: pass the "
                 "input_ids of all of them, and the new ones behind them."

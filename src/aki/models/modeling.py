@@ -10,6 +10,7 @@ from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from aki.attention import get_rule
+from aki.attention.backends import settle
 from aki.compat import CACHE, CACHE_NAMES
 from aki.layout import IGNORE_INDEX, SequenceLayout, build_layout
 from aki.models.backbones import join_backbones
@@ -17,7 +18,7 @@ from aki.models.blanks import with_blanks
 from aki.models.checks import check_behind_cache
 from aki.models.configuration import AkiConfig
 from aki.models.connectors import Connector, connector_of
-from aki.models.decoder_inputs import blocks_of_call, decoder_inputs, identify, needs_layout, opens_ahead, padding_of
+from aki.models.decoder_inputs import beyond_causal, blocks_of_call, decoder_inputs, identify, needs_layout, padding_of
 from aki.models.encoding import AkiEncodingMixin, encode_media, encoder_of, put_media
 from aki.models.explain import AkiExplainMixin
 from aki.models.features import FeatureCache
@@ -61,6 +62,7 @@ class AkiPreTrainedModel(ImportedCode, PreTrainedModel):
             for name, connector in connectors.items():
                 connector._attn_implementation_internal = before[name]
             raise
+        settle(self.base_model.language_model)
 
     def push_to_hub(self, repo_id: str, **options) -> str:
         """As transformers', with a card of what is known of the model."""
@@ -121,6 +123,7 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
             self.add_module(media.encoder, encoder_of(AutoModel.from_config(media.encoder_config)))
             self.add_module(media.connector, connector_of(media, config))
         self.language_model = AutoModel.from_config(config.text_config)
+        settle(self.language_model)
         self.post_init()
 
     @can_return_tuple
@@ -187,14 +190,14 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         text_config, padding = self.config.text_config, padding_of(attention_mask)
         check_behind_cache(rule, length, position_ids, prompt_block_ids, cache)
         if layout is None and needs_layout(rule, text_config, bool(embeds), length, cache):
-            opens = opens_ahead(rule, bool(embeds), length)
+            beyond = beyond_causal(rule, bool(embeds), length)
             layout = self.layout(
                 found,
                 attention_mask=None if padding is None else padding[:, -length:],
                 position_ids=position_ids if cache is None else None,
-                # Prompt blocks only matter where something can be opened.
+                # Prompt blocks only matter where the rule is more than causal.
                 prompt_block_ids=blocks_of_call(prompt_block_ids, length, cache, input_ids)
-                if opens
+                if beyond
                 else torch.full_like(found, -1),
                 labels=labels,
                 attention_rule=rule.name,

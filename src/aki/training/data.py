@@ -9,19 +9,25 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import torch
+
 from aki.data.collate import ChatCollator
 from aki.data.feed import Feed, Loader, Position
 from aki.data.mixture import Mixture, Samples, mixture_weights
 from aki.data.orders import ORDERS, template_in_order
 from aki.data.pack import RopeIndex
+from aki.data.packing import Row, join, kinds_of
 from aki.data.report import DataReport
 from aki.data.shards import ShardMixture, open_shards
 from aki.data.sources import open_source
+from aki.layout import IGNORE_INDEX
 from aki.models import AkiProcessor
 from aki.prompts.blocks import PromptBlockWriter
 from aki.training.recipe import Recipe, RecipeError, SourceRecipe, StageRecipe
 
 REPORT = "data_report.json"
+LOOKED_AT = 64
+"""Samples in which media are looked for before training."""
 
 
 class ResumeError(ValueError):
@@ -146,16 +152,30 @@ def stage_loader(
     position: Position,
     pin_memory: bool = False,
     rope_index: RopeIndex | None = None,
+    meets: bool = False,
 ) -> Loader:
     """The batches of one process.
 
     Args:
         rope_index: as of a `Feed`.
+        meets: with the other processes in every part of the model, so that no batch may lack media.
     """
     collators = [replace(collator, raw_pixels=collator.fast is not None) for collator in collators]
     row_tokens = stage.row_tokens if stage.packing else None
     feed = Feed(samples, collators, stage.batch_size, row_tokens, rank, ranks, rope_index=rope_index)
+    if meets:
+        feed = replace(feed, spares=_spares(feed, samples))
     return Loader(feed, recipe.workers, position, stage.max_bad_share, pin_memory)
+
+
+def _spares(feed: Feed, samples: Mixture | ShardMixture) -> list[Row]:
+    """The shortest of the first samples with each kind of media, with nothing to be learned."""
+    rows = samples.peek(LOOKED_AT, lambda sample: feed.collators[0].encode(sample)[0])
+    shortest: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: row["input_ids"].shape[1]):
+        shortest = dict.fromkeys(kinds_of([row]), row) | shortest
+    spares = {id(row): row | {"labels": torch.full_like(row["labels"], IGNORE_INDEX)} for row in shortest.values()}
+    return [row if feed.row_tokens is None else join([feed.placed(row)]) for row in spares.values()]
 
 
 def texts(samples: Mixture | ShardMixture, size: int = 300) -> Iterator[str]:

@@ -33,19 +33,27 @@ from aki.models.features import FeatureCache, lowest_precision
 from aki.models.other import base_of, is_aki, parameters_of
 from aki.prompts.blocks import PromptBlockWriter
 from aki.training.adapting import quantization_config, with_adapter
-from aki.training.data import REPORT, counted, load_position, open_samples, stage_collators, stage_loader, texts
+from aki.training.data import (
+    LOOKED_AT,
+    REPORT,
+    counted,
+    load_position,
+    open_samples,
+    stage_collators,
+    stage_loader,
+    texts,
+)
 from aki.training.folder import RESULT, Begun, RunError, begin, first_process, relevant, sealed_weights, training_folder
 from aki.training.held_out import HeldOut, held_out
 from aki.training.model import build_model
 from aki.training.predictions import PREDICTIONS, WithoutMedia, majority, summary, write_predictions
 from aki.training.recipe import Recipe, RecipeError
 from aki.training.scoring import accuracy_by_skill, answers_right
+from aki.training.sharding import check_resumes, shards_anything, shards_weights, training_arguments, whole_models
 from aki.training.start import check_start, has_scopes, learn_scopes, load_start, set_rule
 from aki.training.trainer import AkiTrainer, Progress, replace_progress
 from aki.training.view import training_scenes
 
-_LOOKED_AT = 64
-"""Samples in which pictures are looked for before training."""
 _KEEP_BEST = {
     "load_best_model_at_end": True,
     "metric_for_best_model": "accuracy",
@@ -125,22 +133,26 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
     if job.start:
         check_start(recipe, job.start)
     rank, ranks = arguments.process_index, arguments.world_size
+    check_resumes(checkpoint, arguments)
     position = load_position(checkpoint, recipe, stage, rank, ranks)
     samples = open_samples(recipe, stage, ranks, position.places)
     set_seed(recipe.seed)
     model: Any
     processor: AkiProcessor | PromptBlockWriter
-    if job.start:
-        model, processor = load_start(job.start, quantized(recipe, job.start))
-    else:
-        model, processor = build_model(recipe, None if samples is None else texts(samples))
-    if has_scopes(stage.rule):
-        learn_scopes(model, processor, recipe.adapter is not None)
+    with whole_models(arguments):
+        if job.start:
+            model, processor = load_start(job.start, quantized(recipe, job.start))
+        else:
+            model, processor = build_model(recipe, None if samples is None else texts(samples))
+        if has_scopes(stage.rule):
+            learn_scopes(model, processor, recipe.adapter is not None)
     collators = stage_collators(processor, stage, recipe.seed)
     asked = held_out(recipe, stage, collators[0])
     trainer = stage_trainer(job, arguments, model, collators, samples, position, asked)
     progress = Progress(job.title or job.stage, training_folder(job.output) / "log.txt", job.report)
     replace_progress(trainer, progress)
+    # Before the model is in shards, which have less of them.
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -157,7 +169,7 @@ def _train(job: Job, arguments: TrainingArguments, checkpoint: Path | None) -> d
         "recipe": relevant(recipe, job.stage),
         "curve": [_point(entry) for entry in trainer.state.log_history if "eval_accuracy" in entry],
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameters,
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - started,
         "guard_seconds": trainer.guard_seconds,
@@ -194,6 +206,7 @@ def stage_arguments(job: Job) -> TrainingArguments:
     recipe, stage = job.recipe, job.recipe.stage(job.stage)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     own_loader = bool(stage.sources or stage.shards)
+    lowest = stage.lowest_rate / stage.learning_rate
     owned: dict[str, Any] = {
         "output_dir": str(training_folder(job.output)),
         "max_steps": stage.number_of_steps,
@@ -201,10 +214,8 @@ def stage_arguments(job: Job) -> TrainingArguments:
         "gradient_accumulation_steps": recipe.accumulation(stage, processes),
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": "cosine_warmup_with_min_lr",
-        "lr_scheduler_kwargs": {
-            "min_lr": stage.lowest_rate,
-            "warmup_lr_rate": stage.lowest_rate / stage.learning_rate,
-        },
+        # As shares, because DeepSpeed's optimizer does not tell the rate that it was given.
+        "lr_scheduler_kwargs": {"min_lr_rate": lowest, "warmup_lr_rate": lowest},
         "warmup_steps": stage.warm_up,
         "weight_decay": stage.weight_decay,
         "adam_beta2": stage.adam_beta2,
@@ -238,7 +249,7 @@ def stage_arguments(job: Job) -> TrainingArguments:
         "accelerator_config": {"dispatch_batches": False},
         "include_num_input_tokens_seen": "non_padding",
     }
-    return TrainingArguments(**unless_said | recipe.trainer | owned)
+    return training_arguments(unless_said | recipe.trainer | owned)
 
 
 def stage_trainer(
@@ -282,12 +293,14 @@ def stage_trainer(
     else:
         rank, ranks = arguments.process_index, arguments.world_size
         rope_index = rope_index_of(model) if stage.packing and not is_aki(model) else None
+        # AKI's own encoders run in each step as it is.
+        meets = not is_aki(model) and shards_anything(arguments)
         loader = stage_loader(
-            samples, collators, recipe, stage, rank, ranks, position, torch.cuda.is_available(), rope_index
+            samples, collators, recipe, stage, rank, ranks, position, torch.cuda.is_available(), rope_index, meets
         )
         data = {"data_collator": collator, "loader": loader}
         if settles:
-            seen = samples.peek(_LOOKED_AT, lambda sample: (collator.encode(sample)[0].get("pixel_values"),))
+            seen = samples.peek(LOOKED_AT, lambda sample: (collator.encode(sample)[0].get("pixel_values"),))
             pictured = [one for (one,) in seen if one is not None][:8]
     if settles:
         _settle_encoder(whole, pictured, recipe, arguments)
@@ -332,7 +345,7 @@ def _tested(
         return {"test": summary(found)}
     samples = [questions[number] for number in range(len(found))]
     # Of sharded weights generation would have to gather every layer for every token; `aki eval --recipe` asks later.
-    if trainer.is_world_process_zero() and not trainer.is_fsdp_enabled:
+    if trainer.is_world_process_zero() and not shards_weights(trainer.args):
         batch_size = job.recipe.stage(job.stage).batch_size
         right = [ok for ok, _ in found]
         write_predictions(job.output / PREDICTIONS, base_of(model), collator, samples, right, batch_size)
@@ -384,10 +397,10 @@ def _settle_encoder(
     backbone.encoder_dtype = backbone.vision_encoder.dtype
     if pictures:
         backbone.encoder_dtype = lowest_precision(model.patch_features, torch.cat(pictures).to(arguments.device))
-    if recipe.feature_cache is not None and arguments.fsdp:
+    if recipe.feature_cache is not None and shards_weights(arguments):
         raise RunError(
-            "fsdp shards the vision encoder, which all processes then run at the same time, and feature_cache would "
-            "let some of them skip it: take one of them out of the recipe."
+            "the vision encoder is in shards (fsdp, or DeepSpeed's third stage): all processes run it at the same "
+            "time, and feature_cache would let some of them skip it. Take one of the two out of the recipe."
         )
     if recipe.feature_cache is not None:
         backbone.feature_cache = FeatureCache(recipe.feature_cache, backbone.vision_encoder, backbone.encoder_dtype)

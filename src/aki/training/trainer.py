@@ -27,6 +27,7 @@ from aki.models.opening import as_stock
 from aki.models.other import is_aki
 from aki.training.checkpoint import WHOLE, mark_whole
 from aki.training.data import save_position
+from aki.training.sharding import complete_states, keep_loss
 
 NEVER_OPENS = 100
 """Batches with media that open nothing, after which a stage is taken for one that never opens anything."""
@@ -53,6 +54,12 @@ class AkiTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs, **({} if loader is None else {"train_dataset": loader.feed}))
+        if self.is_deepspeed_enabled:
+            # What is saved is whole, also of the third stage.
+            zero = self.accelerator.deepspeed_plugin.deepspeed_config.setdefault("zero_optimization", {})
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
+        if self.is_fsdp_enabled:
+            keep_loss(self.accelerator.state.fsdp_plugin)
         self.score, self.loader = score, loader
         self.guard_seconds = 0.0
         self.may_open_nothing, self.opened, self.shut = may_open_nothing, False, 0
@@ -122,6 +129,13 @@ class AkiTrainer(Trainer):
         if self.is_world_process_zero():
             mark_whole(folder)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            # accelerate puts one around it, which may skip a step.
+            wrapped: Any = self.optimizer
+            complete_states(wrapped.optimizer)
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As the Trainer's, which passes over weights that a family saves under the names of its published files."""
         model = model or self.model
@@ -174,7 +188,10 @@ class AkiTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """As the Trainer resumes: what it has for this moment passes over the names that other families save under."""
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _described(self, inputs: dict[str, Any], layout: SequenceLayout) -> dict[str, Any]:
         """With the layout, and the positions that the output layer is run on."""
