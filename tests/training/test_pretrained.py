@@ -23,6 +23,7 @@ from aki.data.packing import PackedCollator
 from aki.data.schema import Sample, assistant, user
 from aki.models.other import load_any, parameters_of
 from aki.training.folder import RunError
+from aki.training.predictions import write_predictions
 from aki.training.recipe import (
     DataRecipe,
     ModelRecipe,
@@ -289,6 +290,13 @@ def test_a_whole_model_has_its_own_sizes():
         ModelRecipe(vision={"model_type": "siglip"}, pretrained="some/model")
     with pytest.raises(RecipeError, match=r"model\.text' is missing"):
         ModelRecipe(vision={"model_type": "siglip"}, connector={"depth": 1})
+
+
+def test_predictions_of_a_model_that_is_never_wrong(published, data, tmp_path):
+    model, processor = load_start(published("llava"))
+    write_predictions(tmp_path / "said.jsonl", model, ChatCollator(processor, 400), chats(data), [True] * 3, 2)
+    lines = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in lines] == ["it is red", "two", "it is green"]
 
 
 def test_what_is_no_model_to_train_is_named(published, recipe, tmp_path):

@@ -131,7 +131,8 @@ def write_predictions(
         right: of each question, whether it was answered rightly, and is not asked again.
     """
     wrong = [sample for sample, ok in zip(samples, right, strict=True) if not ok]
-    longest = max((len(ids) for ids in collator.processor.tokenizer([s.answer for s in wrong])["input_ids"]), default=0)
+    # One by one, because a tokenizer takes no empty list.
+    longest = max((len(collator.processor.tokenizer(one.answer)["input_ids"]) for one in wrong), default=0)
     was_training = model.training
     model.eval()
     said = (text for batch in answers(model, collator, wrong, batch_size, longest + 1) for text in batch)
