@@ -76,3 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"aki: {error}", file=sys.stderr)
         sys.exit(2)
+    except ImportError as error:
+        # What a recipe or a model needs and is not installed; transformers says it in several lines.
+        print(f"aki: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

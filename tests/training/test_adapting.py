@@ -122,8 +122,8 @@ def test_a_module_that_is_not_there_is_not_saved_in_silence(recipe, published, t
         run(of(adapted(recipe, modules_to_save=("connecter",)), published, "llava"), tmp_path / "run")
 
 
-def test_an_adapter_over_frozen_layers_leaves_nothing_to_train(recipe, published, tmp_path):  # noqa: F811
-    with pytest.raises(RecipeError, match="frozen: language_model leaves nothing to train"):
+def test_an_adapter_over_frozen_layers_would_not_be_trained(recipe, published, tmp_path):  # noqa: F811
+    with pytest.raises(RecipeError, match="frozen names language_model, where the adapter would be trained"):
         run(of(adapted(recipe), published, "llava", frozen=("language_model",)), tmp_path / "run")
 
 

@@ -19,7 +19,7 @@ from aki.data.schema import Sample
 from aki.data.split import split_captions
 from aki.layout import IGNORE_INDEX
 from aki.models.answers import labels_from_prompt_blocks
-from aki.models.clips import ClipError, open_audio
+from aki.models.clips import ClipError, open_audio, open_video
 from aki.models.images import ImageError, open_image
 from aki.models.processing import AkiProcessor
 from aki.prompts.blocks import PromptBlockWriter
@@ -121,8 +121,8 @@ class ChatCollator:
             raise BadSample(f"{part['type']} not taken", f"the model's processor takes {taken} alone.")
         if part["type"] == "image":
             return {"type": "image", "image": _picture(part["image"])}
-        if part["type"] == "video" and isinstance(part["video"], list | tuple):
-            return {"type": "video", "video": [_picture(frame) for frame in part["video"]]}
+        if part["type"] == "video" and not isinstance(part["video"], str):
+            return {"type": "video", "video": _frames(part["video"])}
         if part["type"] == "audio":
             return {"type": "audio", "audio": open_audio(part["audio"], self.processor.feature_extractor.sampling_rate)}
         if part in SCOPE_PARTS:
@@ -133,6 +133,10 @@ class ChatCollator:
         return part
 
     def _inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        parts = (part for sample in samples for message in sample.messages for part in message["content"])
+        # Frames were chosen by whoever wrote them; of a file the processor chooses.
+        frames = any(part["type"] == "video" and not isinstance(part["video"], str) for part in parts)
+        chosen = {"videos_kwargs": {"do_sample_frames": False}} if frames else {}
         return dict(
             self.processor.apply_chat_template(
                 [sample.messages for sample in samples],
@@ -140,7 +144,7 @@ class ChatCollator:
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
+                processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False, **chosen},
             )
         )
 
@@ -231,6 +235,13 @@ def _with_answers(sample: Sample, number: int) -> Sample:
     so_far = list(accumulate(message["role"] == "assistant" for message in sample.messages))
     end = so_far.index(number) + 1 if number in so_far else len(so_far)
     return sample if end == len(so_far) else replace(sample, messages=sample.messages[:end])
+
+
+def _frames(source: Any) -> Any:
+    try:
+        return open_video([_picture(frame) for frame in source] if isinstance(source, list | tuple) else source)
+    except ImageError as error:
+        raise BadSample(error.reason, str(error)) from error
 
 
 def _picture(source: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from aki.data.collate import ChatCollator
@@ -209,7 +210,11 @@ class Loader:
 
     def _chunks(self) -> Iterator[Chunk]:
         feed = replace(self.feed, first_chunk=self._at.chunk)
-        return iter(DataLoader(feed, batch_size=None, num_workers=self.workers, pin_memory=self.pin_memory))
+        # It draws a seed when it begins. Drawn from torch's own, dropout would be another after resuming.
+        seeds = torch.Generator()
+        return iter(
+            DataLoader(feed, batch_size=None, num_workers=self.workers, pin_memory=self.pin_memory, generator=seeds)
+        )
 
     def _rows(self, chunk: Chunk, count_it: bool) -> list[Row]:
         """The rows of a chunk, or all of it as one where a chunk is a batch."""

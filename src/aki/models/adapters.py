@@ -38,7 +38,7 @@ def model_of_adapter(folder: str | Path) -> Iterator[None]:
     """Say what a folder lacks, where transformers speaks of the internet.
 
     Raises:
-        ValueError: there is an adapter in the folder and its model cannot be loaded, or no model at all.
+        ValueError: there is an adapter in the folder and its model cannot be loaded, or no model at all, or no folder.
     """
     try:
         yield
@@ -47,6 +47,10 @@ def model_of_adapter(folder: str | Path) -> Iterator[None]:
         if base is None:
             if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
                 raise ValueError(f"{folder} holds no model: there is no config.json in it.") from error
+            if not Path(folder).exists():
+                raise ValueError(
+                    f"there is no folder {folder}, and no model of this name could be fetched from the hub: {error}"
+                ) from error
             raise
         raise ValueError(
             f"{folder} holds an adapter alone, and its model, {base}, is not there: merge the two (merge_and_unload of "

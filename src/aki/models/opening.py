@@ -1,6 +1,7 @@
-"""What was saved under a rule opens under it: `from_pretrained` of transformers, and of PEFT, once aki is imported.
+"""What was saved under a rule opens under it, once aki is imported: by `from_pretrained` and `load_adapter` of
+transformers and of PEFT.
 
-Both keep a field of the configuration that they do not know without looking at it, and call nothing of ours, so the two
+Both keep a field of the configuration that they do not know without looking at it, and call nothing of ours, so their
 methods are wrapped.
 """
 
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from torch import nn
 from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils import is_peft_available
 
@@ -45,28 +47,35 @@ def as_stock() -> Iterator[None]:
 
 
 def open_under_rules() -> None:
-    """From now on `from_pretrained` lays the rule that what it opens was saved under. Called once, by the import."""
-    _wrap(PreTrainedModel, "pretrained_model_name_or_path", 0)
+    """From now on `from_pretrained` and `load_adapter` lay the rule that what they open was saved under. Called once,
+    by the import."""
+    _wrap(PreTrainedModel, "from_pretrained", "pretrained_model_name_or_path", 0)
+    _wrap(PreTrainedModel, "load_adapter", "peft_model_id", 0)
 
 
-def _wrap(kind: Any, parameter: str, place: int) -> None:
+def _wrap(kind: Any, method: str, parameter: str, place: int) -> None:
     """
     Args:
-        parameter: of `from_pretrained`: the folder or hub id.
+        method: a class method that returns a model, or a model's own.
+        parameter: of the method: the folder or hub id.
         place: of that parameter among the positional ones.
     """
-    original = kind.from_pretrained.__func__
+    bound = getattr(kind, method)
+    original = getattr(bound, "__func__", bound)
 
     @functools.wraps(original)
-    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        opened = original(cls, *args, **kwargs)
-        if not _stock.get():
+    def opens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outermost = not _stock.get()
+        with as_stock():
+            opened = original(self, *args, **kwargs)
+        if outermost:
             name = args[place] if len(args) > place else kwargs.get(parameter)
-            _lay_recorded(opened[0] if isinstance(opened, tuple) else opened, name, kwargs)
+            returned = opened[0] if isinstance(opened, tuple) else opened
+            _lay_recorded(self if isinstance(self, nn.Module) else returned, name, kwargs)
         _wrap_peft()
         return opened
 
-    kind.from_pretrained = classmethod(from_pretrained)
+    setattr(kind, method, opens if bound is original else classmethod(opens))
 
 
 @functools.cache
@@ -75,7 +84,8 @@ def _wrap_peft() -> None:
     if is_peft_available():
         from peft import PeftModel
 
-        _wrap(PeftModel, "model_id", 1)
+        _wrap(PeftModel, "from_pretrained", "model_id", 1)
+        _wrap(PeftModel, "load_adapter", "model_id", 0)
 
 
 def _lay_recorded(model: Any, name: Any, options: dict[str, Any]) -> None:

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from aki.attention.families import text_decoder, underlying_model, unwrapped
 from aki.models.adapters import adapter_of, rule_of_adapter
@@ -47,8 +54,12 @@ def _merged(folder: str | Path, dtype: torch.dtype | str, options: dict[str, Any
     except ImportError as error:
         raise RuntimeError(f"{folder} holds an adapter, which PEFT opens: pip install 'aki-mma[adapter]'.") from error
     model, _ = load_any(str(adapter_of(folder)), dtype, **options)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with as_stock():
         merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    # PEFT leaves all but what it saved whole frozen.
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad_(name in learning)
     rule = rule_of_adapter(folder)
     if rule is not None:
         merged.config.attention_rule = rule
@@ -75,8 +86,10 @@ def load_any(name: str | Path, dtype: torch.dtype | str = "auto", **options: Any
     # On a terminal transformers would ask whether to run the folder's own code.
     closed: dict[str, Any] = {"trust_remote_code": False}
     check_depth(found, name)
+    config = AutoConfig.from_pretrained(name, **closed)
+    _check_reads_media(name, config)
     processor = load_other_processor(name)
-    check_family_before(name, AutoConfig.from_pretrained(name, **closed))
+    check_family_before(name, config)
     with as_stock():
         model, info = AutoModelForMultimodalLM.from_pretrained(
             name, use_safetensors=True, dtype=dtype, output_loading_info=True, **closed, **options
@@ -87,12 +100,28 @@ def load_any(name: str | Path, dtype: torch.dtype | str = "auto", **options: Any
     return model, processor
 
 
+def _check_reads_media(name: str | Path, config: PreTrainedConfig) -> None:
+    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        raise ValueError(
+            f"{name} holds a model of type {config.model_type!r}, which reads text alone: name a model that reads "
+            "pictures, video or audio, or join this one with an encoder (model.from_backbones in a recipe)."
+        )
+
+
 def load_other_processor(name: str | Path) -> Any:
     """
     Raises:
-        ValueError: its chat template does not end.
+        ValueError: there is none in the folder, or its chat template does not end.
     """
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:
+        if not Path(name).is_dir():
+            raise
+        raise ValueError(
+            f"{name} holds no processor that transformers could open: copy that of the model it was made from "
+            "(processor_config.json or preprocessor_config.json, tokenizer.json and what else lies there) beside it."
+        ) from error
     check_templates(processor)
     return processor
 
@@ -143,11 +172,18 @@ def decoder_path(model: Any) -> str:
 
 
 def connectors_of(model: Any) -> list[str]:
-    """The names of a model's connectors: modules outside of which there are no others."""
-    found: list[str] = []
+    """The names of a model's connectors: modules outside of which there are no others, of a list each one in it."""
+    base, found = base_of(model), list[str]()
+    lists: set[str] = set()
     for name in modules_beside_decoder(model, every=True):
+        holder, _, own = name.rpartition(".")
         inside = any(name.startswith(f"{other}.") for other in found)
-        if not inside and _CONNECTOR.search(name.rpartition(".")[2]):
+        if inside or not (holder in lists or _CONNECTOR.search(own)):
+            continue
+        # What only holds modules has no forward of its own, and PEFT does not take it.
+        if isinstance(base.get_submodule(name), nn.ModuleList):
+            lists.add(name)
+        else:
             found.append(name)
     return found
 
@@ -157,7 +193,8 @@ def modules_beside_decoder(model: Any, every: bool = False) -> list[str]:
     base, path = base_of(model), decoder_path(model)
     found: list[str] = []
     for name, _ in base.named_modules():
-        holds = not name or path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.")
+        inside = name.startswith(f"{path}.") and MEDIA_IN_DECODER not in name.split(".")
+        holds = not name or path == name or path.startswith(f"{name}.") or inside
         if not holds and (every or not any(name.startswith(f"{other}.") for other in found)):
             found.append(name)
     return found
@@ -169,12 +206,11 @@ def model_on_meta(name: str | Path) -> PreTrainedModel:
     if base is not None:
         return model_on_meta(base)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    is_own = config.model_type == AkiConfig.model_type
+    if not is_own:
+        _check_reads_media(name, config)
     with torch.device("meta"):
-        return (
-            AutoModelForMultimodalLM.from_config(config)
-            if config.model_type != AkiConfig.model_type
-            else (AkiForConditionalGeneration(config))
-        )
+        return AkiForConditionalGeneration(config) if is_own else AutoModelForMultimodalLM.from_config(config)
 
 
 def takes_logits_to_keep(model: Any) -> bool:

@@ -16,8 +16,20 @@ from aki.models.other import (
     decoder_path,
     model_on_meta,
     modules_beside_decoder,
+    parameters_of,
 )
-from aki.training.recipe import KINDS_OF_ADAPTERS, AdapterRecipe, QuantizationRecipe, RecipeError, known
+from aki.training.recipe import (
+    KINDS_OF_ADAPTERS,
+    AdapterRecipe,
+    QuantizationRecipe,
+    Recipe,
+    RecipeError,
+    StageRecipe,
+    known,
+)
+
+_EVERY = "all-linear"
+"""PEFT's word for every linear layer but the output layer."""
 
 
 def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> Any:
@@ -27,13 +39,16 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> A
         belongs_to: folder or hub id of the model, which the adapter's folder names; None for counting.
 
     Raises:
-        RecipeError: PEFT is not there, or does not take these fields; or the model has no module of a name to save.
+        RecipeError: PEFT is not there, or does not take these fields; or the model has no module of a name.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise RecipeError("adapter needs PEFT: pip install 'aki-mma[adapter]'.") from error
     saved = [name for one in recipe.modules_to_save for name in _modules_to_save(model, one)]
+    for name in recipe.target_modules:
+        _check_target(model, name)
+    targets = list(recipe.target_modules) or language_linears(model)
     try:
         config = LoraConfig(
             # With one, what is written into auto_mapping (the rule) stays there.
@@ -41,7 +56,7 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> A
             r=recipe.r,
             lora_alpha=recipe.alpha,
             lora_dropout=recipe.dropout,
-            target_modules=list(recipe.target_modules) or language_linears(model),
+            target_modules=_EVERY if _EVERY in recipe.target_modules else targets,
             modules_to_save=saved or None,
             base_model_name_or_path=belongs_to,
             **KINDS_OF_ADAPTERS[recipe.kind],
@@ -58,12 +73,39 @@ def with_adapter(model: Any, recipe: AdapterRecipe, belongs_to: str | None) -> A
 def _modules_to_save(model: nn.Module, name: str) -> list[str]:
     """PEFT passes over a name that no module ends with."""
     if name == "connector":
-        return connectors_of(model)
+        if not (found := connectors_of(model)):
+            raise RecipeError("adapter.modules_to_save: no module here could be told to be the connector: name it.")
+        return found
     modules = [one for one, _ in base_of(model).named_modules()]
     if not any(one.endswith(name) for one in modules):
         ends = {one.rpartition(".")[2] for one in modules if not one.rpartition(".")[2].isdigit()}
         known("module", name, {"connector", *ends}, "adapter.modules_to_save")
     return [name]
+
+
+def _check_target(model: nn.Module, name: str) -> None:
+    """PEFT passes over a name that is in no model, as long as another is."""
+    modules = [one for one, _ in base_of(model).named_modules()]
+    if name != _EVERY and not any(one == name or one.endswith(f".{name}") for one in modules):
+        ends = {one.rpartition(".")[2] for one in modules if not one.rpartition(".")[2].isdigit()}
+        known("module", name, ends - {""}, "adapter.target_modules")
+
+
+def freeze(model: Any, recipe: Recipe, stage: StageRecipe) -> None:
+    """Let the parts that a stage names stay as they are.
+
+    Raises:
+        RecipeError: the adapter is in one of them.
+    """
+    parts = parameters_of(model)
+    for part in stage.frozen:
+        if recipe.adapter is not None and any(parameter.requires_grad for parameter in parts[part]):
+            raise RecipeError(
+                f"frozen names {part}, where the adapter would be trained: below an adapter a model's own weights stay "
+                "as they are, so leave it out of frozen."
+            )
+        for parameter in parts[part]:
+            parameter.requires_grad_(False)
 
 
 def language_linears(model: nn.Module) -> str:

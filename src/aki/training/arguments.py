@@ -46,21 +46,29 @@ OWNED = {
 """Fields of TrainingArguments that a recipe says in words of its own, and in which."""
 
 
-def check_trainer(values: dict[str, Any]) -> None:
-    """
+def read_trainer(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields as transformers takes them: YAML reads 1e-8 as text.
+
     Raises:
         ValueError: a field that is said elsewhere in the recipe, or none of TrainingArguments; the nearest is named.
     """
     if not values:
-        return
+        return {}
     # With it come PEFT and bitsandbytes, where they are, and what they say: each command reads this module.
     from transformers import TrainingArguments
 
-    fields = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    for name in values:
+    fields = {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments) if field.init}
+    read = dict(values)
+    for name, value in values.items():
         if name in OWNED:
             raise ValueError(f"trainer.{name} is said by {OWNED[name]}: set that.")
         if name not in fields:
             near = get_close_matches(str(name), [one for one in fields if one not in OWNED], n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown key 'trainer.{name}', it is no field of transformers' TrainingArguments.{hint}")
+        if "float" in fields[name] and isinstance(value, str):
+            try:
+                read[name] = float(value)
+            except ValueError:
+                raise ValueError(f"trainer.{name} should be float, it is {value!r}.") from None
+    return read

@@ -9,8 +9,9 @@ import torch
 
 from aki.data.tokenizer import VOCAB_SIZE
 from aki.models import AkiForConditionalGeneration
+from aki.models.adapters import model_of_adapter
 from aki.models.other import base_of, is_aki, model_on_meta, parameters_of
-from aki.training.adapting import with_adapter
+from aki.training.adapting import freeze, with_adapter
 from aki.training.memory import MEMORY_FORMULA, checkpoints, memory_of
 from aki.training.model import model_config
 from aki.training.recipe import PARTS, Recipe, RecipeError, StageRecipe
@@ -77,9 +78,7 @@ def estimate(recipe: Recipe, stage: StageRecipe, processes: int) -> Estimate:
         raise RecipeError(f"max_length {tokens} leaves no room for text beside a picture's {image_tokens}: raise it.")
     if recipe.adapter is not None:
         model = with_adapter(model, recipe.adapter, None)
-    parts = parameters_of(model)
-    for parameter in (parameter for part in stage.frozen for parameter in parts[part]):
-        parameter.requires_grad_(False)
+    freeze(model, recipe, stage)
     samples_a_row = max(stage.row_tokens // tokens, 1) if stage.packing else 1
     length = stage.row_tokens if stage.packing else tokens
     return Estimate(
@@ -97,7 +96,8 @@ def _model(recipe: Recipe) -> Any:
     """The modules of the recipe's model, without weights; of a trained one its configuration is enough."""
     name = recipe.model.pretrained
     if name is not None:
-        return model_on_meta(name)
+        with model_of_adapter(name):
+            return model_on_meta(name)
     config = model_config(recipe.model)
     new_tokenizer = recipe.model.from_backbones is None or recipe.model.from_backbones.text is None
     if new_tokenizer and "vocab_size" not in recipe.model.text:

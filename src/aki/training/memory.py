@@ -52,7 +52,8 @@ def memory_of(
 
 def checkpoints(recipe: Recipe) -> bool:
     """Whether activations are computed again on the way back."""
-    return bool(recipe.trainer.get("gradient_checkpointing"))
+    # transformers takes it by either name.
+    return any(recipe.trainer.get(name) for name in ("gradient_checkpointing", "activation_checkpointing"))
 
 
 def weight_bytes(model: nn.Module, bits: int | None) -> float:

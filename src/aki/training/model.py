@@ -22,6 +22,7 @@ from aki.compat import UNDECLARED_FIELDS
 from aki.data.digits import PIXEL_MEAN, PIXEL_STD, corpus
 from aki.data.tokenizer import PAD_TOKEN, train_tokenizer
 from aki.models import AkiConfig, AkiConnectorConfig, AkiForConditionalGeneration, AkiProcessor
+from aki.models.adapters import model_of_adapter
 from aki.models.own_template import as_akis, unknown_marks
 from aki.models.templates import AKI, CAPTION, END_OF_CHUNK_TOKEN, END_TOKEN, IMAGE_TOKEN, SHORT
 from aki.training.data import below
@@ -56,9 +57,9 @@ def build_processor(recipe: Recipe, texts: Iterable[str] | None = None) -> AkiPr
 
 def _tokenizer(recipe: Recipe, texts: Iterable[str] | None) -> PreTrainedTokenizerBase:
     if recipe.model.from_backbones is not None and recipe.model.from_backbones.text is not None:
-        return _with_special_tokens(
-            AutoTokenizer.from_pretrained(recipe.model.from_backbones.text, trust_remote_code=False)
-        )
+        with model_of_adapter(recipe.model.from_backbones.text):
+            tokenizer = AutoTokenizer.from_pretrained(recipe.model.from_backbones.text, trust_remote_code=False)
+        return _with_special_tokens(tokenizer)
     return train_tokenizer(corpus(recipe.data.grid)) if texts is None else _chat_tokenizer(texts)
 
 
@@ -171,7 +172,8 @@ def _join_backbones(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> 
     for part, name in vars(recipe.from_backbones).items():
         if name is None:
             continue
-        found = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with model_of_adapter(name):
+            found = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_sizes(part, name, getattr(recipe, part), getattr(found, f"{part}_config", found))
     new = model_config(recipe, tokenizer)
     model = AkiForConditionalGeneration.from_backbones(

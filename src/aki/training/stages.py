@@ -30,9 +30,9 @@ from aki.data.shards import ShardMixture
 from aki.files import alone, write_json
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.features import FeatureCache, lowest_precision
-from aki.models.other import base_of, is_aki, parameters_of
+from aki.models.other import base_of, is_aki
 from aki.prompts.blocks import PromptBlockWriter
-from aki.training.adapting import quantization_config, with_adapter
+from aki.training.adapting import freeze, quantization_config, with_adapter
 from aki.training.data import (
     LOOKED_AT,
     REPORT,
@@ -269,9 +269,7 @@ def stage_trainer(
     if recipe.adapter is not None and model is whole:
         model = with_adapter(model, recipe.adapter, _belongs_to(job))
     set_rule(model, collator.processor, stage.rule, recipe.attention)
-    parts = parameters_of(model)
-    for parameter in (parameter for part in stage.frozen for parameter in parts[part]):
-        parameter.requires_grad_(False)
+    freeze(model, recipe, stage)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError(
             f"frozen: {', '.join(stage.frozen)} leaves nothing to train, also of an adapter: take a part out."

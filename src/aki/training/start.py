@@ -81,14 +81,24 @@ def load_start(
     if is_aki(model):
         return model, processor
     text_decoder(model)
-    return model, write_prompt_blocks(processor)
+    return model, _writing_blocks(folder, processor)
 
 
 def load_processor(folder: str | Path) -> AkiProcessor | PromptBlockWriter:
     """The processor of `load_start`, without a model."""
-    if kind_of(folder) == AkiConfig.model_type:
-        return AkiProcessor.from_pretrained(folder)
-    return write_prompt_blocks(load_other_processor(folder))
+    with model_of_adapter(folder):
+        if kind_of(folder) == AkiConfig.model_type:
+            return AkiProcessor.from_pretrained(folder)
+        return _writing_blocks(folder, load_other_processor(folder))
+
+
+def _writing_blocks(folder: str | Path, processor: Any) -> PromptBlockWriter:
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(
+            f"the processor in {folder} has no chat template, which says how a chat is written and where its answers "
+            "are: write one into chat_template.jinja there."
+        )
+    return write_prompt_blocks(processor)
 
 
 def has_scopes(rule: str) -> bool:

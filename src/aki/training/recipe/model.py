@@ -78,7 +78,8 @@ class AdapterRecipe:
         r: rank of the low-rank matrices.
         alpha: their scale.
         dropout: of what goes into them, a share.
-        target_modules: names of the layers that get them; those of the language model's linear layers if absent.
+        target_modules: names of the layers that get them, or PEFT's `all-linear`; those of the language model's linear
+            layers if absent.
         modules_to_save: names of modules that are trained whole; `connector` is that of any family.
         options: other fields of PEFT's LoraConfig.
     """

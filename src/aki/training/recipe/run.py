@@ -8,7 +8,7 @@ from os.path import normpath
 from typing import Any
 
 from aki.attention import BACKENDS
-from aki.training.arguments import check_trainer
+from aki.training.arguments import read_trainer
 from aki.training.recipe.data import DataRecipe, check_weights
 from aki.training.recipe.errors import RecipeError, one_of
 from aki.training.recipe.model import AdapterRecipe, ModelRecipe, QuantizationRecipe
@@ -74,7 +74,7 @@ class Recipe:
             raise RecipeError("model.pretrained and start_from both say what to start from: leave one out.")
         if self.quantization and not self.adapter:
             raise RecipeError("quantization keeps weights that cannot be trained: add an adapter, which is.")
-        check_trainer(self.trainer)
+        self.trainer = read_trainer(self.trainer)
         stages = [self.stage(name) for name in self.stages]
         if not stages:
             raise RecipeError(f"a recipe has at least one stage: {' or '.join(STAGES)}.")
