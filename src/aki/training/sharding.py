@@ -36,7 +36,8 @@ def shards_weights(arguments: TrainingArguments) -> bool:
 
 
 def training_arguments(values: dict[str, Any]) -> TrainingArguments:
-    """
+    """Those of transformers out of their fields.
+
     Raises:
         RecipeError: DeepSpeed is not there, would train in another way than the stage says, or has no accelerators.
     """
@@ -58,7 +59,8 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
 
 
 def check_resumes(checkpoint: Path | None, arguments: TrainingArguments) -> None:
-    """
+    """Whether as many processes as there are, with what each is to hold, go on from a checkpoint.
+
     Raises:
         ResumeError: a checkpoint in shards that do not fit this number of processes.
     """
