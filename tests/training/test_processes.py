@@ -123,7 +123,7 @@ def train(recipe, way, folder, scratch, ranks=2, resume=False, first=None):  # n
             wrappers.append(type(trainer.model_wrapped).__name__),
             save(job, trainer, *rest),
         )
-        # Parsed apart: a lock that the test's own process still knows is refused in one that was forked.
+        # Parsed apart: lmms-eval keeps every lock of a file, and one from before the fork is refused behind it.
         parsed = replace(recipe, cache=str(scratch / "parsed"))
         return run(parsed, folder, resume=resume)["losses"], wrappers
 
