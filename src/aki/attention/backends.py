@@ -57,7 +57,9 @@ def attention(
 
 def settle(decoder: PreTrainedModel) -> None:
     """A decoder whose layers ask for what sdpa does not compute (caps, sinks) keeps its own eager attention."""
-    if decoder.config._attn_implementation in BACKENDS and not decoder._supports_sdpa:
+    # Older releases say that Gemma 2 takes sdpa, and leave its caps out.
+    caps = getattr(decoder.config, "attn_logit_softcapping", None) is not None
+    if decoder.config._attn_implementation in BACKENDS and (caps or not decoder._supports_sdpa):
         name = type(decoder).__name__
         announce(Choice("dense", f"sdpa does not compute {name}'s attention (caps, sinks), its own eager one does"))
         decoder.config._attn_implementation = {"": "eager"}
