@@ -54,9 +54,8 @@ def check_no_leak(rule: Rule, layout: SequenceLayout, labels: Tensor) -> None:
     leaks = ahead & supervised
     if leaks.any():
         raise LeakError(_leak_message(rule, layout, leaks))
-    beyond_causal = rule.name != "causal"
-    used = ahead.any() or (beyond_causal and segments(rule, layout) != segments("causal", layout))
-    if beyond_causal and layout.is_media.any() and supervised.any() and not used:
+    may_open = rule.name != "causal" and layout.is_media.any() and supervised.any()
+    if may_open and not ahead.any() and segments(rule, layout) == segments("causal", layout):
         raise NothingOpensError(
             f"the rule {rule.name!r} opens nothing in this batch: no picture has prompt text that it could see, "
             f"because every text token after it is a label. On captions train with {CHOOSE_CAUSAL} (as the "

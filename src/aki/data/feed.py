@@ -140,13 +140,13 @@ class Feed(IterableDataset):
         """
         if self.spares is None:
             return rows
-        if unknown := kinds_of(rows) - kinds_of(self.spares):
+        there = kinds_of(rows)
+        if unknown := there - kinds_of(self.spares):
             raise ValueError(
                 f"a sample has {', '.join(sorted(unknown))}, which none of the first ones had: processes that share a "
                 "model in shards have to meet in it in each step. Give such samples more weight, or train without "
                 "shards."
             )
-        there = kinds_of(rows)
         return rows + [spare for spare in self.spares if not kinds_of([spare]) <= there]
 
     def batch(self, rows: list[Row]) -> Row:
