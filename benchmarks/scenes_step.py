@@ -21,9 +21,10 @@ import torch
 from aki.evaluation.steps import row_steps
 from aki.training.recipe import Recipe, load_recipe
 
-PACKED: dict[str, Any] = {"packing": True, "batch_size": 1, "row_tokens": 768, "max_length": 256}
+PACKED: dict[str, Any] = {"padding_free": False, "packing": True, "batch_size": 1, "row_tokens": 768, "max_length": 256}
 VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA, float32": {"bf16": False},
+    "LoRA, float32, padded": {"bf16": False, "sft": {"padding_free": False}},
     "LoRA, bfloat16 autocast": {"bf16": True},
     "LoRA, float32, a packed row of 768 tokens": {"bf16": False, "sft": PACKED},
     "LoRA, float32, mma": {"bf16": False, "sft": {"rule": "mma"}},

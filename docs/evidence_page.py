@@ -41,20 +41,17 @@ def measured(recipe: Recipe, folder: Path) -> Comparison:
     for runs in comparison.results.values():
         for run in runs:
             for scores in (run["test"], *run["curve"]):
-                scores |= summed(scores)
+                scores |= {"sums": mean_over(scores, SUMS), "others": mean_over(scores, LOOKUPS)}
             file = folder / "asked" / f"{run['cell']}.json"
             found = json.loads(file.read_text()) if file.exists() else {"under": {}, "paid": []}
-            run["asked"] = {rule: summed(scores)["sums"] for rule, scores in found["under"].items()}
+            run["asked"] = {rule: mean_over(scores, SUMS) for rule, scores in found["under"].items()}
             run["paid"] = found["paid"]
     return comparison
 
 
-def summed(scores: dict[str, float]) -> dict[str, float]:
-    """The main measure and the other one: means over the skills of `same`."""
-    return {
-        name: statistics.mean(scores[skill] for skill in skills if skill in scores)
-        for name, skills in (("sums", SUMS), ("others", LOOKUPS))
-    }
+def mean_over(scores: dict[str, float], skills: Sequence[str]) -> float:
+    """Of `same`: over SUMS it is the main measure, over LOOKUPS the other one."""
+    return statistics.mean(scores[skill] for skill in skills if skill in scores)
 
 
 def table(results: Results, titles: dict[str, str]) -> str:

@@ -20,6 +20,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    ResNetConfig,
     SiglipConfig,
     SiglipVisionConfig,
 )
@@ -53,6 +54,14 @@ VISION = {
     "clip (both towers)": lambda: CLIPConfig(vision_config=_SIGLIP, text_config=_ENCODER),
     "dinov2": lambda: Dinov2Config(**_VIT),
     "dinov2 with registers": lambda: Dinov2WithRegistersConfig(**_VIT, num_register_tokens=2),
+    "resnet": lambda: ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        layer_type="basic",
+        # What a convolutional network's configuration does not say by itself.
+        **{"image_size": PIXELS, "patch_size": PATCH, "hidden_size": 16},
+    ),
 }
 """SigLIP 2's fixed-resolution checkpoints are SigLIP models, config.json says "siglip"."""
 
@@ -204,6 +213,9 @@ def _image_embeddings(model: AkiForConditionalGeneration, pixel_values: Tensor, 
     embedded = []
     for picture in pixel_values:
         features = encoder(picture[None]).last_hidden_state[:, before:]
+        if features.ndim == 4:
+            rows, columns = features.shape[2:]
+            features = torch.stack([features[:, :, r, c] for r in range(rows) for c in range(columns)], dim=1)
         assert features.shape[1] == (PIXELS // PATCH) ** 2
         embedded += list(model.model.connector(features)[0])
     return embedded

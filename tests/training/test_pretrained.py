@@ -182,9 +182,18 @@ def test_packed_run_resumes(family, published, recipe, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("family", PACKED)
+def test_padding_free_batches_teach_what_padded_ones_do(family, published, recipe, tmp_path):
+    padded, free = (run(of(recipe, published, family, padding_free=how), tmp_path / str(how)) for how in (False, True))
+    assert dict(free["losses"]) == pytest.approx(dict(padded["losses"]), abs=1e-4)
+    assert free["tokens"] == padded["tokens"]
+
+
 def test_a_family_that_cannot_be_packed_says_so(published, recipe, tmp_path):
     with pytest.raises(CannotUnlock, match="masks of its own"):
         run(of(recipe, published, "gemma3", packing=True), tmp_path / "run")
+    with pytest.raises(CannotUnlock, match="masks of its own"):
+        run(of(recipe, published, "gemma3", padding_free=True), tmp_path / "run")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -40,6 +40,8 @@ def test_every_recipe_of_ours_loads_by_its_name(name):
         (lambda v: v["sft"].update(steps=True), "sft.steps should be int"),
         (lambda v: v["sft"].update(steps=0), "steps must be at least 1"),
         (lambda v: v["sft"].update(learning_rate=-1), "learning_rate must be positive"),
+        (lambda v: v["sft"].update(packing=True, padding_free=True), "take padding_free or packing"),
+        (lambda v: v["sft"].update(padding_free=True), "padding_free needs sources or shards"),
         (lambda v: v["sft"].update(packing=True, row_tokens=400), "must fit a packed row, which has row_tokens: 400"),
         (lambda v: v["sft"].update(eval_every=-1), "eval_every cannot be negative"),
         (lambda v: v["sft"].update(frozen=["vision_encoder", "connector", "language_model"]), "nothing left to train"),

@@ -17,7 +17,7 @@ from aki.data.scenes.questions import SUMS
 from aki.data.tokenizer import train_tokenizer
 from aki.evaluation import compare
 from aki.evaluation.compare import run_comparison
-from aki.evaluation.plan import fast
+from aki.evaluation.plan import fast, row_recipe
 from aki.evaluation.report import titles_of
 from aki.models.adapters import adapter_of
 from aki.models.explain import attention_weights
@@ -50,7 +50,7 @@ def start(stamps, tmp_path_factory):
     few = ["--steps", "1", "--connector-steps", "1", "--batch-size", "2"]
     with pytest.MonkeyPatch.context() as patch:
         arguments = [str(stamps), "--language-model", str(folder / "text"), "--output", str(folder / "start"), *few]
-        small = {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}
+        small = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
         patch.setitem(START["main"].__globals__, "ENCODER", small)
         patch.setattr(sys, "argv", ["scenes_start", *arguments])
         START["main"]()
@@ -106,6 +106,16 @@ def test_every_row_is_trained_and_asked_each_held_out_kind(recipe, compared):
             assert set(SUMS) <= set(run["test"])
             assert {"things: others", "words: sums", "crowded: sums", "crowded: others"} <= set(run["test"])
             assert run["test"]["sums"] == statistics.mean(run["test"][skill] for skill in SUMS)
+
+
+@pytest.mark.parametrize("row", ["causal", "mma", "dot", "concentric", "mma-image-bidirectional"])
+def test_padding_changes_nothing(row, recipe, tmp_path):
+    losses = []
+    for padding_free in (False, True):
+        own = row_recipe(recipe, recipe.rows[row], 0)
+        own.sft = replace(own.sft, padding_free=padding_free, batch_size=5, eval_every=0)
+        losses.append(dict(run_stage(Job(own, "sft", tmp_path / str(padding_free)))["losses"]))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_an_adapter_over_a_stage_with_an_adapter_belongs_to_that_stage(compared):

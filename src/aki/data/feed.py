@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from aki.data.collate import ChatCollator
 from aki.data.mixture import ATTEMPTS, GaveUp
 from aki.data.pack import RopeIndex, position_axes
-from aki.data.packing import AXES, PackedCollator, Row, items_of, kinds_of, pack, split_rows, with_axes
+from aki.data.packing import AXES, PackedCollator, Row, items_of, join, kinds_of, pack, split_rows, with_axes
 from aki.data.report import DataReport, TooManyBadSamples
 from aki.data.schema import Sample
 
@@ -87,6 +87,7 @@ class Feed(IterableDataset):
         rope_index: of a family with multimodal rotary positions, whose packed documents get their own.
         spares: rows with media of which nothing is learned, one for each kind; a batch without a kind gets its spare.
             None: batches stay as they are.
+        padding_free: a batch is one row, the samples one behind the other.
     """
 
     samples: Samples
@@ -98,6 +99,7 @@ class Feed(IterableDataset):
     first_chunk: int = 0
     rope_index: RopeIndex | None = None
     spares: Sequence[Row] | None = None
+    padding_free: bool = False
 
     def __iter__(self) -> Iterator[Chunk]:
         worker = get_worker_info()
@@ -128,7 +130,7 @@ class Feed(IterableDataset):
 
     def placed(self, row: Row) -> Row:
         """A sample with its positions, where they are more than its tokens' numbers."""
-        if self.row_tokens is None or self.rope_index is None:
+        if self.rope_index is None:
             return row
         return row | {AXES: position_axes(self.rope_index, row).transpose(0, 1)}
 
@@ -150,6 +152,8 @@ class Feed(IterableDataset):
         return rows + [spare for spare in self.spares if not kinds_of([spare]) <= there]
 
     def batch(self, rows: list[Row]) -> Row:
+        if self.padding_free:
+            return with_axes(join(rows))
         return PackedCollator(self.collators[0].processor.tokenizer.pad_token_id)(rows)
 
 

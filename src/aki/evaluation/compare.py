@@ -144,8 +144,9 @@ def _train_missing(cells: Sequence[Cell], output: Path, parallel: int) -> None:
         about |= {"start_from": cell.start_from, "learning_rate": stage.learning_rate, "steps": stage.steps}
         write_json(_file(output, cell), about | {name: result[name] for name in _KEPT if name in result})
 
-    # Seed by seed, because rows of one seed are shown the same batches, which a process makes once.
-    in_order = sorted(needed + missing, key=lambda cell: (cell.stage == "sft", cell.recipe.seed))
+    # Seed by seed: what is stopped leaves whole pairs, and rows of one seed are shown the same batches, which a process
+    # makes once.
+    in_order = sorted(needed + missing, key=lambda cell: (cell.recipe.seed, cell.stage == "sft"))
     run_cells(in_order, output, parallel, keep)
 
 

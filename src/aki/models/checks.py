@@ -88,5 +88,5 @@ def check_takes_one_input(encoder: PreTrainedModel) -> None:
         raise ValueError(
             f"the encoder {encoder.config.model_type!r} wants more than {encoder.main_input_name} "
             f"({', '.join(required)}): AKI takes fixed-resolution encoders "
-            "(SigLIP, SigLIP 2 fixed, CLIP, DINOv2), not NaFlex ones."
+            "(SigLIP, SigLIP 2 fixed, CLIP, DINOv2, ResNet), not NaFlex ones."
         )

@@ -108,8 +108,12 @@ def encode_media(backbone: Any, name: str, values: Tensor, **kwargs) -> BaseMode
 
 
 def patches_of(media: Media, encoded: BaseModelOutput) -> Tensor:
-    """Class and register tokens come before the patches."""
-    return encoded.last_hidden_state[:, -media.num_features :]
+    """(pictures, tokens, width). Class and register tokens come before the patches; a convolutional network's features
+    are a map (pictures, width, rows, columns)."""
+    features = encoded.last_hidden_state
+    if features.ndim == 4:
+        features = features.flatten(2).transpose(1, 2)
+    return features[:, -media.num_features :]
 
 
 def run_encoder(backbone: Any, media: Media, values: Tensor, **kwargs) -> BaseModelOutput:

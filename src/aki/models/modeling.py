@@ -126,6 +126,15 @@ class AkiModel(AkiPreTrainedModel, AkiEncodingMixin):
         settle(self.language_model)
         self.post_init()
 
+    def train(self, mode: bool = True) -> AkiModel:
+        """As PyTorch's; a frozen encoder drops nothing out and counts no statistics of the batches."""
+        super().train(mode)
+        for media in self.config.media.values():
+            encoder = self.get_submodule(media.encoder)
+            if not any(parameter.requires_grad for parameter in encoder.parameters()):
+                encoder.eval()
+        return self
+
     @can_return_tuple
     def forward(
         self,

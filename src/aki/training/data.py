@@ -162,7 +162,8 @@ def stage_loader(
     """
     collators = [replace(collator, raw_pixels=collator.fast is not None) for collator in collators]
     row_tokens = stage.row_tokens if stage.packing else None
-    feed = Feed(samples, collators, stage.batch_size, row_tokens, rank, ranks, rope_index=rope_index)
+    how: dict[str, Any] = {"rope_index": rope_index, "padding_free": stage.padding_free}
+    feed = Feed(samples, collators, stage.batch_size, row_tokens, rank, ranks, **how)
     if meets:
         feed = replace(feed, spares=_spares(feed, samples))
     return Loader(feed, recipe.workers, position, stage.max_bad_share, pin_memory)
@@ -175,7 +176,8 @@ def _spares(feed: Feed, samples: Mixture | ShardMixture) -> list[Row]:
     for row in sorted(rows, key=lambda row: row["input_ids"].shape[1]):
         shortest = dict.fromkeys(kinds_of([row]), row) | shortest
     spares = {id(row): row | {"labels": torch.full_like(row["labels"], IGNORE_INDEX)} for row in shortest.values()}
-    return [row if feed.row_tokens is None else join([feed.placed(row)]) for row in spares.values()]
+    placed = [feed.placed(row) for row in spares.values()]
+    return placed if feed.row_tokens is None else [join([row]) for row in placed]
 
 
 def texts(samples: Mixture | ShardMixture, size: int = 300) -> Iterator[str]:

@@ -290,7 +290,8 @@ def stage_trainer(
             data = {"data_collator": shown, "train_dataset": range(len(train))}
     else:
         rank, ranks = arguments.process_index, arguments.world_size
-        rope_index = rope_index_of(model) if stage.packing and not is_aki(model) else None
+        joined = stage.packing or stage.padding_free
+        rope_index = rope_index_of(model) if joined and not is_aki(model) else None
         # AKI's own encoders run in each step as it is.
         meets = not is_aki(model) and shards_anything(arguments)
         loader = stage_loader(

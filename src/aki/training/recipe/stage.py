@@ -48,6 +48,7 @@ class StageRecipe:
         max_length: tokens a sample may have.
         packing: fill rows of up to `row_tokens` tokens with whole samples; `batch_size` then counts rows.
         row_tokens: tokens a packed row may have.
+        padding_free: the samples of a batch one behind the other in one row, instead of a row each and padding.
         log_every: steps between two lines of the log; 0 is never.
         eval_every: steps between two scorings of held-out questions; 0 is never.
         save_every: steps between two checkpoints; 0 is never, and such a run can't be resumed or extended.
@@ -81,6 +82,7 @@ class StageRecipe:
     max_length: int = 512
     packing: bool = False
     row_tokens: int = 2048
+    padding_free: bool = False
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 500
@@ -117,6 +119,10 @@ class StageRecipe:
                 f"a sample of up to max_length: {self.max_length} tokens must fit a packed row{times}, which has "
                 f"row_tokens: {self.row_tokens}: raise row_tokens, or lower max_length."
             )
+        if self.padding_free and self.packing:
+            raise RecipeError("packing fills its rows already: take padding_free or packing.")
+        if self.padding_free and not (self.sources or self.shards):
+            raise RecipeError("padding_free needs sources or shards: the batches of DigitScenes keep their rows.")
         if self.learning_rate <= 0:
             raise RecipeError(f"learning_rate must be positive, it is {self.learning_rate}.")
         if set(self.frozen) == set(PARTS):
