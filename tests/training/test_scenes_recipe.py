@@ -21,7 +21,7 @@ from aki.evaluation.plan import fast, row_recipe
 from aki.evaluation.report import titles_of
 from aki.models.adapters import adapter_of
 from aki.models.explain import attention_weights
-from aki.training.recipe import load_recipe
+from aki.training.recipe import AdapterRecipe, load_recipe
 from aki.training.stages import Job, run_stage
 from aki.training.start import load_start, set_rule
 
@@ -68,8 +68,7 @@ def recipe(start, stamps):
         return tuple(replace(one, annotations=(str(stamps),)) for one in kept)
 
     found.data.held_out = here(found.data.held_out)
-    for name in found.stages:
-        found.stage(name).sources = here(found.stage(name).sources)
+    found.sft.sources = here(found.sft.sources)
     blind = found.rows["blind"]
     for one in (*blind["sft"]["sources"], *blind["data"]["held_out"]):
         one["annotations"] = [str(stamps)]
@@ -118,9 +117,14 @@ def test_padding_changes_nothing(row, recipe, tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
-def test_an_adapter_over_a_stage_with_an_adapter_belongs_to_that_stage(compared):
-    """Over the start alone it would be another model than the one that was measured."""
-    assert adapter_of(compared / "mma-seed1") == str(compared / "pretrain-seed1")
+def test_an_adapter_over_a_stage_with_an_adapter_belongs_to_that_stage(recipe, tmp_path):
+    """Over the start alone it would be another model than the one that was measured. The captions are the start's."""
+    captions = fast(load_recipe("scenes-captions"))
+    captions.pretrain.sources = (replace(recipe.sft.sources[0], options={"task": "caption"}),)
+    both = replace(recipe, pretrain=captions.pretrain, adapter=AdapterRecipe(r=2))
+    run_stage(Job(both, "pretrain", tmp_path / "captioned"))
+    run_stage(Job(both, "sft", tmp_path / "asked", start_from=tmp_path / "captioned"))
+    assert adapter_of(tmp_path / "asked") == str(tmp_path / "captioned")
 
 
 def test_a_finished_cell_is_not_trained_again(recipe, compared, monkeypatch):

@@ -22,8 +22,9 @@ class AkiConnectorConfig(PreTrainedConfig):
 
     Attributes:
         connector: a key of `aki.models.connectors.CONNECTORS`, which may have sizes of its own: `perceiver_resampler`
-            (the paper's) or `mlp` (LLaVA's two layers, one embedding a feature).
-        num_latents: embeddings an image, a frame or an audio clip, for the resampler.
+            (the paper's), `mlp` (LLaVA's two layers, one embedding a feature) or `pooled_mlp` (means over a square of
+            places).
+        num_latents: embeddings an image, a frame or an audio clip, for the resampler and `pooled_mlp`.
         depth, num_heads, head_dim, ff_mult: its sizes.
     """
 

@@ -118,13 +118,7 @@ class PerceiverResampler(Connector):
     @staticmethod
     def grid(config: AkiConnectorConfig, patches: tuple[int, int]) -> tuple[int, int]:
         """The latents' square."""
-        latents, side = config.num_latents, isqrt(config.num_latents)
-        if side * side != latents:
-            raise ValueError(
-                f"a rule with rings lays the connector's latents out as a square, which {latents} are not: set "
-                f"connector_config.num_latents to {side * side} or {(side + 1) ** 2}."
-            )
-        return side, side
+        return square(config.num_latents, "latents (connector_config.num_latents)")
 
     def initialise(self) -> None:
         init.normal_(self.latents, mean=0.0, std=1.0)
@@ -164,7 +158,58 @@ class MLPConnector(Connector):
         return self.layers(features)
 
 
-CONNECTORS: dict[str, type[Connector]] = {"perceiver_resampler": PerceiverResampler, "mlp": MLPConnector}
+class PooledMLPConnector(MLPConnector):
+    """The MLP on means of the features over a square of `num_latents` places, as Gemma 3's projector pools its patches.
+
+    Each place has an embedding of its own added, because convolutional encoders give it no position.
+    """
+
+    def __init__(self, config: AkiConnectorConfig, vision_width: int, text_width: int):
+        super().__init__(config, vision_width, text_width)
+        self.places = square(config.num_latents, "latents (connector_config.num_latents)")
+        self.positions = nn.Parameter(torch.zeros(config.num_latents, text_width))
+
+    @staticmethod
+    def count(config: AkiConnectorConfig, features: int) -> int:
+        return config.num_latents
+
+    @staticmethod
+    def grid(config: AkiConnectorConfig, patches: tuple[int, int]) -> tuple[int, int]:
+        return square(config.num_latents, "latents (connector_config.num_latents)")
+
+    def initialise(self) -> None:
+        init.zeros_(self.positions)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(self.feature_weights(features) @ features) + self.positions
+
+    def feature_weights(self, features: Tensor) -> Tensor:
+        """(items, places, features), rows sum to 1: the share of each feature in each mean."""
+        number = features.shape[1]
+        each = torch.eye(number, dtype=features.dtype, device=features.device).unflatten(1, square(number, "patches"))
+        return nn.functional.adaptive_avg_pool2d(each, self.places).flatten(1).T.expand(len(features), -1, -1)
+
+
+def square(number: int, name: str) -> tuple[int, int]:
+    """Rows and columns of so many.
+
+    Raises:
+        ValueError: they are no square.
+    """
+    side = isqrt(number)
+    if side * side != number:
+        raise ValueError(
+            f"the number of {name} has to be a square for pooled_mlp and for rules with rings, {number} is none: "
+            f"{side * side} or {(side + 1) ** 2} would be."
+        )
+    return side, side
+
+
+CONNECTORS: dict[str, type[Connector]] = {
+    "perceiver_resampler": PerceiverResampler,
+    "mlp": MLPConnector,
+    "pooled_mlp": PooledMLPConnector,
+}
 
 
 def connector_named(name: str) -> type[Connector]:

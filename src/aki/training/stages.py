@@ -247,7 +247,8 @@ def stage_arguments(job: Job) -> TrainingArguments:
         "dataloader_persistent_workers": recipe.workers > 0,
         # Batches are cut by rows where one process reads for all, and a row may have any number of pictures.
         "accelerator_config": {"dispatch_batches": False},
-        "include_num_input_tokens_seen": "non_padding",
+        # Joined rows have no mask to tell padding by.
+        "include_num_input_tokens_seen": "all" if stage.joined else "non_padding",
     }
     return training_arguments(unless_said | recipe.trainer | owned)
 
@@ -290,8 +291,7 @@ def stage_trainer(
             data = {"data_collator": shown, "train_dataset": range(len(train))}
     else:
         rank, ranks = arguments.process_index, arguments.world_size
-        joined = stage.packing or stage.padding_free
-        rope_index = rope_index_of(model) if joined and not is_aki(model) else None
+        rope_index = rope_index_of(model) if stage.joined and not is_aki(model) else None
         # AKI's own encoders run in each step as it is.
         meets = not is_aki(model) and shards_anything(arguments)
         loader = stage_loader(

@@ -19,7 +19,7 @@ COUNTED = ("animals", "food", "plants", "vehicles", "clothes")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 QUARTERS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
 ORDINALS = ("first", "second", "third", "fourth")
-ROWS = ("top", "second", "third", "bottom")
+ROWS = ("top", "upper", "lower", "bottom")
 CHOICE_SHARE = 0.25
 """Of the questions, those that offer answers by letter."""
 LETTERS = "ABCD"
@@ -238,12 +238,17 @@ def ask(rng: np.random.Generator, world: World, skill: str) -> tuple[str, str] |
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> str:
-    """Everything with its place, in random order."""
+    """Everything with its place, row by row, from the top or from the bottom."""
+    rows = range(PLACES)
     told = []
-    for one in _shuffled(rng, scene.placed):
-        what = a(one.name) if one.thing else f"a plate that says {one.word}"
-        told.append(f"{ORDINALS[one.column]} in the {ROWS[one.row]} row {what}")
-    return ", ".join(told)
+    for row in rows if rng.random() < 0.5 else reversed(rows):
+        here = [
+            f"{ORDINALS[one.column]} {a(one.name) if one.thing else f'a plate that says {one.word}'}"
+            for one in scene.placed
+            if one.row == row
+        ]
+        told.append(f"{ROWS[row]} row: {', '.join(here) or 'nothing'}")
+    return "; ".join(told)
 
 
 def _with_names(rng: np.random.Generator, world: World, found: list[tuple[dict[str, str], str]]) -> Found | None:

@@ -135,6 +135,11 @@ class StageRecipe:
         return len(ORDERS[self.order]) * (2 if self.also_causal else 1)
 
     @property
+    def joined(self) -> bool:
+        """Whether several samples share a row."""
+        return self.packing or self.padding_free
+
+    @property
     def lowest_rate(self) -> float:
         """The learning rate at which the stage begins and ends."""
         return self.LOWEST_RATE * self.learning_rate if self.min_learning_rate is None else self.min_learning_rate
