@@ -109,7 +109,7 @@ def test_the_pooled_mlp_is_llavas_on_means_over_places():
 
 
 def test_the_pooled_mlp_wants_squares():
-    with pytest.raises(ValueError, match=r"latents \(connector_config.num_latents\) has to be a square .*, 5 is none: 4 or 9"):
+    with pytest.raises(ValueError, match=r"num_latents\) has to be a square .*, 5 is none: 4 or 9"):
         PooledMLPConnector(SIZES, VISION_WIDTH, TEXT_WIDTH)
     connector = PooledMLPConnector(AkiConnectorConfig(num_latents=4), VISION_WIDTH, TEXT_WIDTH)
     with pytest.raises(ValueError, match="patches has to be a square"):
