@@ -12,6 +12,7 @@ from aki.data.scenes import questions
 from aki.data.scenes.questions import ORDINALS, ROWS, SKILLS, World, ask
 from aki.data.scenes.scene import CELL, SIDES, Placed, Scene
 from aki.data.scenes.things import Thing, read_things
+from aki.data.schema import text_of
 from aki.data.sources import SourceError, open_source
 from aki.data.sources.scenes import Scenes
 
@@ -147,6 +148,19 @@ def test_every_skill_is_asked_and_a_caption_names_everything(stamps):
                 (part.split()[0], part.split(maxsplit=2)[2].removeprefix("plate that says ")) for part in parts
             ] == here[row]
     assert starts == {"top", "bottom"}
+
+
+def test_a_chat_asks_more_about_the_same_picture(stamps):
+    alone, several = Scenes(stamps), Scenes(stamps, turns=4)
+    lengths = set()
+    for index in range(30):
+        one, chat = alone.sample(index).messages, several.sample(index).messages
+        assert chat[:2] == one
+        asked = [text_of(message) for message in chat[::2]]
+        assert len(set(asked)) == len(asked)
+        assert all(len(message["content"]) == 1 for message in chat[1:])
+        lengths.add(len(asked))
+    assert max(lengths) == 4
 
 
 def test_things_stand_at_their_places(stamps):

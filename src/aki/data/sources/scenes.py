@@ -25,6 +25,8 @@ PARTS = ("train", "same", "things", "words", "crowded", "drawings")
 """Training, and what is held out from it: other scenes of the same, names that it never asks for, words that it never
 shows, more things than ever, and the same things drawn by others."""
 CROWDED = (11, 13)
+TRIES = 3
+"""Skills that are tried for each further question about a picture."""
 
 
 class Scenes:
@@ -41,6 +43,7 @@ class Scenes:
         size: number of samples.
         skills: the skills asked for, in turn; all if absent.
         blind: without the picture, for what can be guessed.
+        turns: questions about each picture, one after the other in a chat; where a scene allows fewer, fewer.
 
     Raises:
         SourceError: no stamps, no font, or an option that is none of these.
@@ -60,6 +63,7 @@ class Scenes:
         size: int = 1_000_000,
         skills: tuple[str, ...] = (),
         blind: bool = False,
+        turns: int = 1,
     ):
         named = [("skill", skill, SKILLS) for skill in skills]
         for what, value, known in (("task", task, TASKS), ("part", part, PARTS), *named):
@@ -68,6 +72,7 @@ class Scenes:
         if augment is not None:
             raise SourceError(f"{name}: scenes are drawn, and answers about places and sizes would change: no augment.")
         self.name, self.seed, self.task, self.part, self.size = name, seed, task, part, size
+        self.turns = turns
         self.skills, self.blind = tuple(skills) or tuple(NAMING if part == "things" else SKILLS), blind
         if part == "things" and not set(self.skills) <= set(NAMING):
             raise SourceError(f"{name}: the part things asks for names, which only {', '.join(NAMING)} do.")
@@ -92,17 +97,23 @@ class Scenes:
         rng = self._generator(index)
         if self.task == "caption":
             scene = self._scene(rng)
-            return self._sample(index, scene, "", caption(rng, scene), "caption")
+            return self._sample(index, scene, [("", caption(rng, scene))], "caption")
         skill = self.skills[index % len(self.skills)]
         asked = None
         while asked is None:
             scene = self._scene(rng)
-            asked = ask(rng, self._world(rng, scene), skill)
+            world = self._world(rng, scene)
+            asked = ask(rng, world, skill)
             if asked and self.part == "things" and not self._unasked.intersection(_phrases(" ".join(asked))):
                 asked = None
+        turns = [asked]
+        for other in rng.choice(self.skills, TRIES * (self.turns - 1)):
+            more = ask(rng, world, other)
+            if more and more not in turns and len(turns) < self.turns:
+                turns.append(more)
         if self.part not in ("train", "same"):
             skill = f"{self.part}: {'sums' if skill in SUMS else 'others'}"
-        return self._sample(index, scene, *asked, skill)
+        return self._sample(index, scene, turns, skill)
 
     def scene(self, index: int) -> Scene:
         """The scene of a caption."""
@@ -128,9 +139,10 @@ class Scenes:
         names = frozenset(thing.name for thing in self.things) | frozenset(self.words)
         return names - self._unasked if self.part == "train" else names
 
-    def _sample(self, index: int, scene: Scene, question: str, answer: str, skill: str) -> Sample:
+    def _sample(self, index: int, scene: Scene, turns: list[tuple[str, str]], skill: str) -> Sample:
         image: Any = None if self.blind else scene.draw()
-        return Sample([user(image, question), assistant(answer)], self.name, str(index), skill)
+        chat = [message for question, answer in turns for message in (user(None, question), assistant(answer))]
+        return Sample([user(image, turns[0][0]), *chat[1:]], self.name, str(index), skill)
 
 
 @cache
