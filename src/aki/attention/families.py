@@ -31,6 +31,11 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def makes_own_masks(model: Any) -> bool:
+    """As Gemma 3, whose media see each other both ways: such a model has to tell `generate` how."""
+    return "create_masks_for_generate" in vars(type(model))
+
+
 def underlying_model(model: Any) -> PreTrainedModel:
     """The model whose forward takes input_ids and labels: within all wrappers, and of Qwen-Omni the thinker.
 

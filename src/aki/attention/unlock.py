@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 
 from aki.attention.backends import prepare_attention, settle
 from aki.attention.dense import as_boolean, check_takes_masks, is_prepared, language_model_masks
-from aki.attention.families import CannotUnlock, media_token_ids, text_decoder, underlying_model, unwrapped
+from aki.attention.families import (
+    CannotUnlock,
+    makes_own_masks,
+    media_token_ids,
+    text_decoder,
+    underlying_model,
+    unwrapped,
+)
 from aki.attention.guard import NothingOpensError, check_no_leak
 from aki.attention.recorded import on_saving, record_rule, recorded_rule
 from aki.attention.rules import Rule, get_rule
@@ -152,7 +159,7 @@ class _Unlocked:
         self.handles.append(self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
         if self.rule.name != "causal":
             self.handles.append(model.register_state_dict_pre_hook(self.before_saving))
-        self.has_own_masks = "create_masks_for_generate" in vars(type(model))
+        self.has_own_masks = makes_own_masks(model)
         if _takes_segments(self.decoder):
             # By segments where the rule opens something, and as sdpa everywhere else.
             self.locked_attention = self.decoder.config._attn_implementation
@@ -382,8 +389,7 @@ def _say_what_is_joined(model: PreTrainedModel, rule: str) -> None:
             type(model).__name__,
             rule,
         )
-    # A model that makes masks of its own has to tell `generate` how.
-    if "create_masks_for_generate" in vars(type(model)):
+    if makes_own_masks(model):
         logger.warning(
             "%s has masks of its own, in which media may see each other both ways: it keeps them, and the rule %r adds "
             "to them (the union).",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aki.attention.families import CannotUnlock
+from aki.attention.families import CannotUnlock, makes_own_masks
 from aki.data.packing import first_fit_decreasing
 from aki.layout import IGNORE_INDEX
 from aki.models.other import base_of
@@ -48,7 +48,7 @@ def rope_index_of(model: nn.Module) -> RopeIndex | None:
     """
     whole = base_of(model)
     kind = type(whole).__name__
-    if "create_masks_for_generate" in vars(type(whole)):
+    if makes_own_masks(whole):
         raise CannotUnlock(
             f"{kind} makes masks of its own from what is media, and does not keep packed documents apart in them: "
             "train it on padded rows."
