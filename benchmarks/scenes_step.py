@@ -22,22 +22,21 @@ from aki.evaluation.steps import row_steps
 from aki.training.recipe import Recipe, load_recipe
 
 PACKED: dict[str, Any] = {"padding_free": False, "packing": True, "batch_size": 1, "row_tokens": 512, "max_length": 256}
-LORA = {"r": 32, "alpha": 64, "modules_to_save": ["connector"]}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as in the recipe": {"bf16": False},
-    "padded": {"bf16": False, "sft": {"padding_free": False}},
-    "a packed row of 512 tokens": {"bf16": False, "sft": PACKED},
+    "as in the recipe": {},
+    "padded": {"sft": {"padding_free": False}},
+    "a packed row of 512 tokens": {"sft": PACKED},
     "bfloat16 autocast": {"bf16": True},
-    "MMA": {"bf16": False, "sft": {"rule": "mma"}},
-    "echo": {"bf16": False, "sft": {"order": "echo"}},
-    "LoRA": {"bf16": False, "adapter": LORA},
+    "MMA": {"sft": {"rule": "mma"}},
+    "echo": {"sft": {"order": "echo"}},
+    "LoRA": {"adapter": {"r": 32, "alpha": 64, "modules_to_save": ["connector"]}},
 }
 """What differs from the recipe; packed, a row holds 12 questions on average."""
 
 
 def variants(start: str) -> Recipe:
     recipe = load_recipe("scenes")
-    return replace(recipe, model=replace(recipe.model, pretrained=start), rows=VARIANTS, learning_rates=())
+    return replace(recipe, model=replace(recipe.model, pretrained=start), rows=VARIANTS, bf16=False)
 
 
 def main() -> None:

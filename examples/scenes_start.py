@@ -9,8 +9,8 @@
    place's token is classified by cosine against the (centred) embeddings of all names and words and of "nothing", and
    likewise of its row, its column and its thing's size.
 
-What comes out is an AKI folder like any other, which `recipes/scenes.yaml` starts from. A run that was stopped goes on
-from its last saved step.
+What comes out is an AKI folder like any other, which the recipe `scenes-start` begins with. A run that was stopped goes
+on from its last saved step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, ResNetC
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from aki.data.scenes.questions import ORDINALS, ROWS
-from aki.data.scenes.scene import FONTS, PIXELS, PLACES, PLATE_SIZES, Placed, Scene
+from aki.data.scenes.scene import PIXELS, PLACES, PLATE_LOOKS, Placed, Scene
 from aki.data.sources.scenes import WORDS, Scenes
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.models.templates import IMAGE_TOKEN
@@ -96,7 +96,7 @@ def filled(rng: np.random.Generator, scene: Scene) -> Scene:
         Placed(
             *place,
             word=str(word),
-            variant=int(rng.integers(len(FONTS) * len(PLATE_SIZES))),
+            variant=int(rng.integers(PLATE_LOOKS)),
             shift=tuple(rng.random(2).tolist()),
         )
         for place, word in zip(free, words, strict=True)

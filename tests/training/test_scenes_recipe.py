@@ -73,7 +73,7 @@ def recipe(start, stamps):
     for one in (*blind["sft"]["sources"], *blind["data"]["held_out"]):
         one["annotations"] = [str(stamps)]
     blind["data"]["held_out"] = [one for one in blind["data"]["held_out"] if "images" not in one]
-    found = replace(fast(found), learning_rates=(), workers=0, bf16=False)
+    found = replace(fast(found), workers=0, bf16=False)
     # Each skill is to be asked, and a curve to be drawn.
     return replace(found, data=replace(found.data, test_size=56), sft=replace(found.sft, eval_every=2))
 

@@ -52,6 +52,18 @@ class Connector(nn.Module):
         """Set new parameters that are not those of a torch layer, with transformers' `init`."""
 
 
+class LatentConnector(Connector):
+    """Of `num_latents` embeddings, which stand on a square where they have to."""
+
+    @staticmethod
+    def count(config: AkiConnectorConfig, features: int) -> int:
+        return config.num_latents
+
+    @staticmethod
+    def grid(config: AkiConnectorConfig, patches: tuple[int, int]) -> tuple[int, int]:
+        return square(config.num_latents, "latents (connector_config.num_latents)")
+
+
 class PerceiverAttention(nn.Module):
     """Latents attend to the features and to themselves (paper, section "The model"): features first on the key axis."""
 
@@ -93,7 +105,7 @@ def feed_forward(width: int, mult: int) -> nn.Sequential:
     )
 
 
-class PerceiverResampler(Connector):
+class PerceiverResampler(LatentConnector):
     """The paper's connector: learned latents read the features through `depth` layers, then are projected."""
 
     def __init__(self, config: AkiConnectorConfig, vision_width: int, text_width: int):
@@ -110,15 +122,6 @@ class PerceiverResampler(Connector):
         )
         self.norm = nn.LayerNorm(vision_width)
         self.projection = nn.Linear(vision_width, text_width)
-
-    @staticmethod
-    def count(config: AkiConnectorConfig, features: int) -> int:
-        return config.num_latents
-
-    @staticmethod
-    def grid(config: AkiConnectorConfig, patches: tuple[int, int]) -> tuple[int, int]:
-        """The latents' square."""
-        return square(config.num_latents, "latents (connector_config.num_latents)")
 
     def initialise(self) -> None:
         init.normal_(self.latents, mean=0.0, std=1.0)
@@ -158,7 +161,7 @@ class MLPConnector(Connector):
         return self.layers(features)
 
 
-class PooledMLPConnector(MLPConnector):
+class PooledMLPConnector(LatentConnector, MLPConnector):
     """The MLP on means of the features over a square of `num_latents` places, as Gemma 3's projector pools its patches.
 
     Each place has an embedding of its own added, because convolutional encoders give it no position.
@@ -166,28 +169,24 @@ class PooledMLPConnector(MLPConnector):
 
     def __init__(self, config: AkiConnectorConfig, vision_width: int, text_width: int):
         super().__init__(config, vision_width, text_width)
-        self.places = square(config.num_latents, "latents (connector_config.num_latents)")
+        self.places = self.grid(config, (0, 0))
         self.positions = nn.Parameter(torch.zeros(config.num_latents, text_width))
-
-    @staticmethod
-    def count(config: AkiConnectorConfig, features: int) -> int:
-        return config.num_latents
-
-    @staticmethod
-    def grid(config: AkiConnectorConfig, patches: tuple[int, int]) -> tuple[int, int]:
-        return square(config.num_latents, "latents (connector_config.num_latents)")
 
     def initialise(self) -> None:
         init.zeros_(self.positions)
 
     def forward(self, features: Tensor) -> Tensor:
-        return super().forward(self.feature_weights(features) @ features) + self.positions
+        return super().forward(self.means(features)) + self.positions
+
+    def means(self, features: Tensor) -> Tensor:
+        """(items, features, width) -> (items, places, width)"""
+        map_ = features.transpose(1, 2).unflatten(2, square(features.shape[1], "patches"))
+        return nn.functional.adaptive_avg_pool2d(map_, self.places).flatten(2).transpose(1, 2)
 
     def feature_weights(self, features: Tensor) -> Tensor:
         """(items, places, features), rows sum to 1: the share of each feature in each mean."""
-        number = features.shape[1]
-        each = torch.eye(number, dtype=features.dtype, device=features.device).unflatten(1, square(number, "patches"))
-        return nn.functional.adaptive_avg_pool2d(each, self.places).flatten(1).T.expand(len(features), -1, -1)
+        items, number, _ = features.shape
+        return self.means(torch.eye(number, dtype=features.dtype, device=features.device).expand(items, -1, -1))
 
 
 def square(number: int, name: str) -> tuple[int, int]:

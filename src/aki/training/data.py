@@ -162,8 +162,16 @@ def stage_loader(
     """
     collators = [replace(collator, raw_pixels=collator.fast is not None) for collator in collators]
     row_tokens = stage.row_tokens if stage.packing else None
-    how: dict[str, Any] = {"rope_index": rope_index, "padding_free": stage.padding_free}
-    feed = Feed(samples, collators, stage.batch_size, row_tokens, rank, ranks, **how)
+    feed = Feed(
+        samples,
+        collators,
+        stage.batch_size,
+        row_tokens,
+        rank,
+        ranks,
+        rope_index=rope_index,
+        padding_free=stage.padding_free,
+    )
     if meets:
         feed = replace(feed, spares=_spares(feed, samples))
     return Loader(feed, recipe.workers, position, stage.max_bad_share, pin_memory)

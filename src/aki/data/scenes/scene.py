@@ -19,6 +19,7 @@ SIDES = (24, 33, 46)
 """Pixels of a small, a middling and a large thing: each is plainly larger than the one before."""
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf", "DejaVuSerif-Italic.ttf")
 PLATE_SIZES = (11, 13)
+PLATE_LOOKS = len(FONTS) * len(PLATE_SIZES)
 FEW = 4
 """Things of a kind, below which it is not drawn more often than others."""
 
@@ -113,7 +114,7 @@ def make_scene(
             variant = int(rng.integers(len(thing.pictures)))
             placed.append(Placed(row, column, thing, size=size, variant=variant, shift=shift))
         else:
-            variant = int(rng.integers(len(FONTS) * len(PLATE_SIZES)))
+            variant = int(rng.integers(PLATE_LOOKS))
             placed.append(Placed(row, column, word=written[order - number], variant=variant, shift=shift))
     return Scene(tuple(sorted(placed, key=lambda one: (one.row, one.column))), int(rng.integers(2**32)))
 

@@ -72,6 +72,8 @@ class Scenes:
         if augment is not None:
             raise SourceError(f"{name}: scenes are drawn, and answers about places and sizes would change: no augment.")
         self.name, self.seed, self.task, self.part, self.size = name, seed, task, part, size
+        if turns < 1:
+            raise SourceError(f"{name}: turns are the questions about a picture, at least 1; they are {turns}.")
         self.turns = turns
         self.skills, self.blind = tuple(skills) or tuple(NAMING if part == "things" else SKILLS), blind
         if part == "things" and not set(self.skills) <= set(NAMING):
@@ -108,8 +110,10 @@ class Scenes:
                 asked = None
         turns = [asked]
         for other in rng.choice(self.skills, TRIES * (self.turns - 1)):
+            if len(turns) == self.turns:
+                break
             more = ask(rng, world, other)
-            if more and more not in turns and len(turns) < self.turns:
+            if more and more not in turns:
                 turns.append(more)
         if self.part not in ("train", "same"):
             skill = f"{self.part}: {'sums' if skill in SUMS else 'others'}"
