@@ -9,7 +9,9 @@ For each finished cell whose model still lies in the folder; a cell is measured 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from aki.models.explain import attention_weights
 from aki.models.rule import base_model
 from aki.training.held_out import held_out
 from aki.training.recipe import Recipe, load_recipe
-from aki.training.scoring import accuracy_by_skill
+from aki.training.scoring import answered
 from aki.training.start import load_start, set_rule
 
 RULES = ("causal", "mma")
@@ -62,7 +64,7 @@ def opened_in(model: Any, layers: Sequence[int]) -> Iterator[None]:
 
 
 def asked(model: Any, processor: Any, recipe: Recipe, attention: str) -> dict[str, Any]:
-    """Accuracy on the sums under each rule and with half of the layers opened; and shares of attention."""
+    """Accuracy on the sums, and nats an answer, under each rule and in half of the layers; and shares of attention."""
     stage = recipe.stage("sft")
     # A model that was trained in another order has that order as its template.
     collator = ChatCollator(processor, stage.max_length)
@@ -76,23 +78,38 @@ def asked(model: Any, processor: Any, recipe: Recipe, attention: str) -> dict[st
     # The other questions are no part of the main measure, and asking all four times takes half as long as training.
     sums = [sample for sample in map(parts.test.__getitem__, range(len(parts.test))) if sample.skill in SUMS]  # type: ignore[arg-type]
 
-    def score() -> dict[str, float]:
-        return accuracy_by_skill(model, batch, sums, batch_size=stage.batch_size)  # type: ignore[arg-type]
+    found: dict[str, Any] = {"under": {}, "nats": {}}
 
-    found: dict[str, Any] = {"under": {}}
-    for rule in RULES:
+    def score(name: str) -> None:
+        scored: list[tuple[str, bool, float]] = []
+        for start in range(0, len(sums), stage.batch_size):
+            some = sums[start : start + stage.batch_size]
+            right, likely = answered(model, batch(some))
+            scored += zip((one.skill for one in some), right.tolist(), (-likely).tolist(), strict=True)
+        found["under"][name] = by_skill((skill, ok) for skill, ok, _ in scored)
+        found["nats"][name] = by_skill((skill, nats) for skill, _, nats in scored)
+
+    for rule in dict.fromkeys((*RULES, stage.rule)):
         set_rule(model, processor, rule, attention)
-        found["under"][rule] = score()
+        score(rule)
     layers = len(base_model(model).get_decoder().layers)
     set_rule(model, processor, "mma", "sdpa")
     for name, half in (("lower", range(layers // 2)), ("upper", range(layers // 2, layers))):
         with opened_in(model, half):
-            found["under"][f"mma, {name} half"] = score()
+            score(f"mma, {name} half")
     set_rule(model, processor, stage.rule, attention)
     shares = [paid_to_question(model, batch([sample])) for sample in sums[:LOOKED_AT]]
     pictured = [share for share in shares if share is not None]
     found["paid"] = torch.stack(pictured).mean(0).tolist() if pictured else []
     return found
+
+
+def by_skill(scored: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """(skill, score) of each question -> the mean of each skill."""
+    found = defaultdict(list)
+    for skill, score in scored:
+        found[skill].append(score)
+    return {skill: statistics.mean(scores) for skill, scores in found.items()}
 
 
 def paid_to_question(model: Any, inputs: dict[str, Tensor]) -> Tensor | None:

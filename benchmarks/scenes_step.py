@@ -41,7 +41,7 @@ def variants(start: str) -> Recipe:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--start", default="runs/scenes/read")
+    parser.add_argument("--start", default="runs/scenes/able")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two rounds")
     parser.add_argument("--json", type=Path, help="also write the numbers there")

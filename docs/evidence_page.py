@@ -9,6 +9,7 @@ from pathlib import Path
 
 from aki.data.scenes.questions import LOOKUPS, SUMS
 from aki.evaluation.compare import Comparison, load_comparison
+from aki.evaluation.plan import row_recipe
 from aki.evaluation.report import Results, interval, paired, steps_to_reach, titles_of
 from aki.training.recipe import Recipe, load_recipe
 
@@ -43,8 +44,9 @@ def measured(recipe: Recipe, folder: Path) -> Comparison:
             for scores in (run["test"], *run["curve"]):
                 scores |= {"sums": mean_over(scores, SUMS), "others": mean_over(scores, LOOKUPS)}
             file = folder / "asked" / f"{run['cell']}.json"
-            found = json.loads(file.read_text()) if file.exists() else {"under": {}, "paid": []}
+            found = json.loads(file.read_text()) if file.exists() else {"under": {}, "nats": {}, "paid": []}
             run["asked"] = {rule: mean_over(scores, SUMS) for rule, scores in found["under"].items()}
+            run["nats"] = {rule: mean_over(scores, SUMS) for rule, scores in found["nats"].items()}
             run["paid"] = found["paid"]
     return comparison
 
@@ -87,12 +89,12 @@ def reached(results: Results, row: str) -> str:
     return str(step) if step else f"more than {last}"
 
 
-def said(values: Sequence[float], sign: str = "") -> str:
+def said(values: Sequence[float], sign: str = "", digits: int = 1) -> str:
     """The mean and its interval; empty where there is nothing."""
     if not values:
         return ""
     mean, half = interval(values)
-    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if half is not None else "")
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
 
 
 def what_is_there(results: Results) -> str:
@@ -110,24 +112,37 @@ def what_is_there(results: Results) -> str:
     return there
 
 
-def layers_table(results: Results, titles: dict[str, str]) -> str:
-    """Of rows that were asked so: the sums with MMA in half of the layers, and attention by thirds of the layers."""
+def asked_table(recipe: Recipe, results: Results, titles: dict[str, str]) -> str:
+    """Of rows that were asked so: the loss on the sums under their own rule, the sums with MMA in half of the layers,
+    and attention by thirds of the layers."""
     lines = [
-        "| row | sums, MMA in the lower half alone | in the upper half alone | attention of pictures to the question, "
-        "%: lower, middle, upper third of the layers |",
-        "| --- |" + " ---: |" * 3,
+        "| row | loss on the sums, nats an answer | to causal "
+        "| sums, MMA in the lower half alone | in the upper half alone "
+        "| attention of pictures to the question, %: lower, middle, upper third of the layers |",
+        "| --- |" + " ---: |" * 5,
     ]
+    losses = {
+        row: {run["seed"]: run["nats"][rule_of(recipe, row)] for run in runs if run["nats"]}
+        for row, runs in results.items()
+    }
     for row, runs in results.items():
-        looked = [run for run in runs if run["paid"]]
+        looked = [run for run in runs if run["nats"]]
         if not looked:
             continue
+        base = losses.get("causal", {})
+        gains = [loss - base[seed] for seed, loss in losses[row].items() if seed in base and row != "causal"]
+        nats = [said(list(losses[row].values()), digits=3), said(gains, "+", 3)]
         halves = [said([100 * run["asked"][f"mma, {half} half"] for run in looked]) for half in ("lower", "upper")]
-        paid = [statistics.mean(values) for values in zip(*(run["paid"] for run in looked), strict=True)]
+        paid = [statistics.mean(values) for values in zip(*(run["paid"] for run in looked if run["paid"]), strict=True)]
         third = max(1, len(paid) // 3)
-        thirds = [paid[:third], paid[third:-third] or paid, paid[-third:]]
-        cells = [titles[row], *halves, ", ".join(f"{100 * statistics.mean(part):.1f}" for part in thirds)]
+        thirds = [paid[:third], paid[third:-third] or paid, paid[-third:]] if paid else []
+        cells = [titles[row], *nats, *halves, ", ".join(f"{100 * statistics.mean(part):.1f}" for part in thirds)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def rule_of(recipe: Recipe, row: str) -> str:
+    return row_recipe(recipe, recipe.rows[row], seed=0).stage("sft").rule
 
 
 def draw(results: Results, titles: dict[str, str], path: Path) -> None:
@@ -174,7 +189,7 @@ def made(comparison: Comparison, picture: str = "evidence.png") -> str:
         what_is_there(results),
         "Percent, mean over seeds ± 95 % interval (t).",
         table(results, titles),
-        layers_table(results, titles),
+        asked_table(comparison.recipe, results, titles),
         f"![Accuracy on the sums by row, difference to causal, learning curves]({picture})",
     ]
     return "\n\n".join(part for part in parts if part)

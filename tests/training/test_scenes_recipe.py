@@ -145,10 +145,15 @@ def test_models_are_asked_once_under_each_rule(recipe, compared, monkeypatch):
             assert set(run["asked"]) == {"causal", "mma", "mma, lower half", "mma, upper half"}
             # Asked under its own rule, it says what it said when it was trained.
             assert run["asked"][row] == run["test"]["sums"]
+            assert set(run["nats"]) == set(run["asked"])
             assert len(run["paid"]) == 2
             assert (max(run["paid"]) > 0) == (row == "mma")
     (echo,) = found.results["echo"]
     assert echo["asked"]["causal"] == echo["test"]["sums"]  # in the order that it was trained in
+    losses = {row: [run["nats"][row] for run in found.results[row]] for row in ("causal", "mma")}
+    more = statistics.mean(losses["mma"]) - statistics.mean(losses["causal"])
+    pattern = rf"\| MMA \| {statistics.mean(losses['mma']):.3f} ± [\d.]+ \| {re.escape(f'{more:+.3f}')} ± "
+    assert re.search(pattern, PAGE["made"](found))
     for trained in ("causal", "mma"):
         shutil.rmtree(compared / trained)
     ASKED["measure"](recipe, compared, ["causal", "mma"])  # all there: no model is needed

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from aki.data.memory import Batches, Memory
@@ -18,11 +19,14 @@ from aki.training.trainer import supervised_positions
 
 
 @torch.no_grad()
-def answered_right(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """(batch,) bool: whether greedy decoding gives each row's labels, to the last token.
+def answered(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Whether greedy decoding gives each row's labels, to the last token, and how likely the model holds them.
 
     Greedy decoding follows the labels exactly as long as every label is the most likely token after those before it, so
     one forward over the labelled answer tells.
+
+    Returns:
+        (batch,) bool, and (batch,) float: the sum of the labels' log-probabilities, in nats.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")[:, 1:]
@@ -31,8 +35,10 @@ def answered_right(model: Any, batch: dict[str, Tensor]) -> Tensor:
         logits = model(**inputs, logits_to_keep=kept).logits
     else:
         logits = model(**inputs).logits[:, kept]
-    predicted, labels = logits.argmax(-1), labels[:, kept]
-    return ((predicted == labels) | (labels == IGNORE_INDEX)).all(1)
+    labels = labels[:, kept]
+    right = ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(1)
+    losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return right, -losses.view_as(labels).sum(1)
 
 
 def answers_right(
@@ -55,7 +61,7 @@ def answers_right(
     batches = Batches(dataset, lambda samples: ([group_of(s) for s in samples], collator(samples)), name, memory)
     for start in range(0, size, batch_size):
         skills, batch = batches(range(start, min(start + batch_size, size)))
-        found += zip(answered_right(model, batch).tolist(), skills, strict=True)
+        found += zip(answered(model, batch)[0].tolist(), skills, strict=True)
     model.train(was_training)
     return found
 
