@@ -9,9 +9,7 @@ For each finished cell whose model still lies in the folder; a cell is measured 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,9 @@ from aki.models.adapters import has_model
 from aki.models.explain import attention_weights
 from aki.models.rule import base_model
 from aki.training.held_out import held_out
+from aki.training.predictions import means_by_group
 from aki.training.recipe import Recipe, load_recipe
-from aki.training.scoring import answered
+from aki.training.scoring import all_foretold, log_likelihoods, logits_of_labels
 from aki.training.start import load_start, set_rule
 
 RULES = ("causal", "mma")
@@ -81,13 +80,15 @@ def asked(model: Any, processor: Any, recipe: Recipe, attention: str) -> dict[st
     found: dict[str, Any] = {"under": {}, "nats": {}}
 
     def score(name: str) -> None:
-        scored: list[tuple[str, bool, float]] = []
+        right: list[tuple[float, str]] = []
+        nats: list[tuple[float, str]] = []
         for start in range(0, len(sums), stage.batch_size):
             some = sums[start : start + stage.batch_size]
-            right, likely = answered(model, batch(some))
-            scored += zip((one.skill for one in some), right.tolist(), (-likely).tolist(), strict=True)
-        found["under"][name] = by_skill((skill, ok) for skill, ok, _ in scored)
-        found["nats"][name] = by_skill((skill, nats) for skill, _, nats in scored)
+            skills = [sample.skill for sample in some]
+            logits, labels = logits_of_labels(model, batch(some))
+            right += zip(all_foretold(logits, labels).tolist(), skills, strict=True)
+            nats += zip((-log_likelihoods(logits, labels)).tolist(), skills, strict=True)
+        found["under"][name], found["nats"][name] = means_by_group(right), means_by_group(nats)
 
     for rule in dict.fromkeys((*RULES, stage.rule)):
         set_rule(model, processor, rule, attention)
@@ -102,14 +103,6 @@ def asked(model: Any, processor: Any, recipe: Recipe, attention: str) -> dict[st
     pictured = [share for share in shares if share is not None]
     found["paid"] = torch.stack(pictured).mean(0).tolist() if pictured else []
     return found
-
-
-def by_skill(scored: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """(skill, score) of each question -> the mean of each skill."""
-    found = defaultdict(list)
-    for skill, score in scored:
-        found[skill].append(score)
-    return {skill: statistics.mean(scores) for skill, scores in found.items()}
 
 
 def paid_to_question(model: Any, inputs: dict[str, Tensor]) -> Tensor | None:

@@ -4,7 +4,7 @@ import torch
 
 from aki.data.collate import ChatCollator
 from aki.data.digits import DigitScenes
-from aki.training.scoring import accuracy_by_skill, answered
+from aki.training.scoring import accuracy_by_skill, answered_right, log_likelihoods, logits_of_labels
 from aki.training.stages import build_model
 
 
@@ -35,8 +35,8 @@ def test_right_means_that_greedy_decoding_says_it(tiny_recipe):
             "pixel_values": prompt["pixel_values"],
             "prompt_block_ids": torch.nn.functional.pad(prompt["prompt_block_ids"], (0, 3), value=-1),
         }
-        right, likely = answered(model, batch)
-        assert right.tolist() == [True]
+        assert answered_right(model, batch).tolist() == [True]
+        likely = log_likelihoods(*logits_of_labels(model, batch))
         with torch.no_grad():
             given = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits.log_softmax(-1)
         one_by_one = [given[0, length + place - 1, said[0, length + place]] for place in range(3)]
@@ -44,7 +44,7 @@ def test_right_means_that_greedy_decoding_says_it(tiny_recipe):
         for position in range(length, length + 3):
             wrong = labels.clone()
             wrong[0, position] = (wrong[0, position] + 1) % 300
-            assert answered(model, batch | {"labels": wrong})[0].tolist() == [False]
+            assert answered_right(model, batch | {"labels": wrong}).tolist() == [False]
     assert len(answers) > 3
 
 
@@ -54,7 +54,7 @@ def test_shares_by_skill(tiny_recipe, monkeypatch):
     verdicts = iter(
         [torch.tensor([True, False, True, True, False]), torch.tensor([True] * 5), torch.tensor([False] * 4)]
     )
-    monkeypatch.setattr("aki.training.scoring.answered", lambda *_: (next(verdicts), None))
+    monkeypatch.setattr("aki.training.scoring.answered_right", lambda *_: next(verdicts))
     scored = accuracy_by_skill(model, ChatCollator(processor, 128), scenes, batch_size=5)
     # Even indices read: 1 1 0 . 1 1 . 0 0; odd ones ask for existence.
     assert scored == {"accuracy": 8 / 14, "read": 4 / 7, "exists": 4 / 7}

@@ -63,12 +63,16 @@ def majority(golds: Sequence[Sequence[str]], groups: Sequence[str], metric: Metr
 
 def summary(scored: Iterable[tuple[float, str]]) -> dict[str, float]:
     """(score, skill or source) of each question -> `accuracy`, the mean of all, and that of each."""
+    scored = list(scored)
+    return {"accuracy": sum(score for score, _ in scored) / len(scored)} | means_by_group(scored)
+
+
+def means_by_group(scored: Iterable[tuple[float, str]]) -> dict[str, float]:
+    """(score, skill or source) of each question -> the mean of each skill or source."""
     groups: dict[str, list[float]] = defaultdict(list)
     for score, group in scored:
         groups[group].append(score)
-    everything = [score for scores in groups.values() for score in scores]
-    means = {group: sum(scores) / len(scores) for group, scores in groups.items()}
-    return {"accuracy": sum(everything) / len(everything)} | means
+    return {group: sum(scores) / len(scores) for group, scores in groups.items()}
 
 
 def group_of(sample: Sample) -> str:

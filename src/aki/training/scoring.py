@@ -18,16 +18,14 @@ from aki.training.predictions import group_of, summary
 from aki.training.trainer import supervised_positions
 
 
+def answered_right(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """(batch,) bool: see `all_foretold`."""
+    return all_foretold(*logits_of_labels(model, batch))
+
+
 @torch.no_grad()
-def answered(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Whether greedy decoding gives each row's labels, to the last token, and how likely the model holds them.
-
-    Greedy decoding follows the labels exactly as long as every label is the most likely token after those before it, so
-    one forward over the labelled answer tells.
-
-    Returns:
-        (batch,) bool, and (batch,) float: the sum of the labels' log-probabilities, in nats.
-    """
+def logits_of_labels(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(batch, positions, vocabulary) logits and (batch, positions) labels, where any row has a label."""
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")[:, 1:]
     kept = supervised_positions(batch["labels"]).to(model.device)
@@ -35,10 +33,22 @@ def answered(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits = model(**inputs, logits_to_keep=kept).logits
     else:
         logits = model(**inputs).logits[:, kept]
-    labels = labels[:, kept]
-    right = ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(1)
+    return logits, labels[:, kept]
+
+
+def all_foretold(logits: Tensor, labels: Tensor) -> Tensor:
+    """(batch,) bool: whether greedy decoding gives each row's labels, to the last token.
+
+    Greedy decoding follows the labels exactly as long as every label is the most likely token after those before it, so
+    one forward over the labelled answer tells.
+    """
+    return ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(1)
+
+
+def log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
+    """(batch,) the sum of the log-probabilities of each row's labels, in nats."""
     losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    return right, -losses.view_as(labels).sum(1)
+    return -losses.view_as(labels).sum(1)
 
 
 def answers_right(
@@ -61,7 +71,7 @@ def answers_right(
     batches = Batches(dataset, lambda samples: ([group_of(s) for s in samples], collator(samples)), name, memory)
     for start in range(0, size, batch_size):
         skills, batch = batches(range(start, min(start + batch_size, size)))
-        found += zip(answered(model, batch)[0].tolist(), skills, strict=True)
+        found += zip(answered_right(model, batch).tolist(), skills, strict=True)
     model.train(was_training)
     return found
 
