@@ -13,6 +13,7 @@ from aki.data.report import BadSample
 from aki.data.schema import Sample, assistant
 from aki.data.tokenizer import train_tokenizer
 from aki.models import AkiProcessor
+from aki.models.explain import chat_inputs
 from aki.models.templates import AKI
 from aki.prompts import write_prompt_blocks
 
@@ -44,6 +45,20 @@ def aki_collator():
 def test_frames_that_make_no_video_are_a_bad_sample(aki_collator, film, names, said):
     with pytest.raises(BadSample, match=said):
         aki_collator.encode(film(*names))
+
+
+def test_frames_that_were_given_are_not_chosen_again(aki_collator, film, monkeypatch):
+    """In training and in what is asked afterwards; of a file the processor chooses."""
+    passed = []
+    monkeypatch.setattr(AkiProcessor, "apply_chat_template", lambda self, chat, **kwargs: passed.append(kwargs) or {})
+    frames, file = aki_collator.opened(film("red", "blue")).messages[:1], film("red").messages[:1]
+    file[0]["content"][0]["video"] = "film.mp4"
+    for chat in (frames, [frames], file, [file], [{"role": "user", "content": "no film"}]):
+        chat_inputs(aki_collator.processor, chat)
+    for chat in (frames, file):
+        aki_collator._inputs([Sample(chat, "films", "1")])
+    chosen = [kwargs["processor_kwargs"].get("videos_kwargs", {}).get("do_sample_frames") for kwargs in passed]
+    assert chosen == [False, False, None, None, None, False, None]
 
 
 def test_each_frame_is_read(film):

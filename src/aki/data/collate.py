@@ -19,7 +19,7 @@ from aki.data.schema import Sample
 from aki.data.split import split_captions
 from aki.layout import IGNORE_INDEX
 from aki.models.answers import labels_from_prompt_blocks
-from aki.models.clips import ClipError, open_audio, open_video
+from aki.models.clips import ClipError, frames_as_given, open_audio, open_video
 from aki.models.images import ImageError, open_image
 from aki.models.processing import AkiProcessor
 from aki.prompts.blocks import PromptBlockWriter
@@ -133,18 +133,16 @@ class ChatCollator:
         return part
 
     def _inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        parts = (part for sample in samples for message in sample.messages for part in message["content"])
-        # Frames were chosen by whoever wrote them; of a file the processor chooses.
-        frames = any(part["type"] == "video" and not isinstance(part["video"], str) for part in parts)
-        chosen = {"videos_kwargs": {"do_sample_frames": False}} if frames else {}
+        chats = [sample.messages for sample in samples]
+        options = {"padding": True, "padding_side": "right", "add_special_tokens": False, **frames_as_given(chats)}
         return dict(
             self.processor.apply_chat_template(
-                [sample.messages for sample in samples],
+                chats,
                 chat_template=self.template,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False, **chosen},
+                processor_kwargs=options,
             )
         )
 

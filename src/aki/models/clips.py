@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,15 @@ def open_video(source: Any) -> NDArray[np.uint8]:
     if len(sizes) > 1:
         raise ClipError(f"the video has frames of several sizes (width, height), {sorted(sizes)}: scale them to one.")
     return np.stack([np.asarray(frame) for frame in frames])
+
+
+def frames_as_given(chats: Iterable[Any]) -> dict[str, Any]:
+    """Keywords of a processor for these chats: frames that come as such were chosen by whoever wrote them;
+    of a file the processor chooses."""
+    contents = (message["content"] for chat in chats for message in chat)
+    parts = (part for content in contents if not isinstance(content, str) for part in content)
+    given = any(not isinstance(part.get("video", ""), str) for part in parts)
+    return {"videos_kwargs": {"do_sample_frames": False}} if given else {}
 
 
 def pick_frames(video: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:

@@ -15,6 +15,7 @@ from transformers import BatchFeature
 
 from aki.attention.families import media_token_ids
 from aki.layout import IMAGE
+from aki.models.clips import frames_as_given
 from aki.models.images import open_image
 from aki.models.patches import region_read, token_patches
 from aki.models.plain_text import as_text
@@ -171,7 +172,9 @@ def chat_inputs(processor: Any, conversation: list[Any], **options: Any) -> Batc
     Args:
         options: of `apply_chat_template`, which writes the special tokens.
     """
-    padding = {"padding": True, "padding_side": "left"} if isinstance(conversation[0], list) else {}
+    several = isinstance(conversation[0], list)
+    padding = {"padding": True, "padding_side": "left"} if several else {}
+    frames = frames_as_given(conversation if several else [conversation])
     with as_text(processor, conversation) as chat:
         return processor.apply_chat_template(
             chat,
@@ -179,7 +182,7 @@ def chat_inputs(processor: Any, conversation: list[Any], **options: Any) -> Batc
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"add_special_tokens": False, **padding},
+            processor_kwargs={"add_special_tokens": False, **padding, **frames},
             **options,
         )
 
