@@ -56,7 +56,7 @@ def frames_as_given(chats: Iterable[Any]) -> dict[str, Any]:
     of a file the processor chooses."""
     contents = (message["content"] for chat in chats for message in chat)
     parts = (part for content in contents if not isinstance(content, str) for part in content)
-    given = any(not isinstance(part.get("video", ""), str) for part in parts)
+    given = any(not isinstance(part.get("video"), str | None) for part in parts)
     return {"videos_kwargs": {"do_sample_frames": False}} if given else {}
 
 
