@@ -27,6 +27,14 @@ SEEDS = {
     "image-bidirectional": 1,
     "mma-image-bidirectional": 1,
     "concentric": 1,
+    "captions-causal": 1,
+    "captions-mma": 1,
+    "short-causal": 2,
+    "short-mma": 2,
+    "words-causal": 2,
+    "words-mma": 2,
+    "latents-causal": 2,
+    "latents-mma": 2,
 }
 """Row -> how many seeds the plan gives it."""
 WANTED = 1.5
@@ -56,6 +64,19 @@ def mean_over(scores: dict[str, float], skills: Sequence[str]) -> float:
     return statistics.mean(scores[skill] for skill in skills if skill in scores)
 
 
+def rival(row: str) -> str | None:
+    """The causal row that a row is compared with, which is that of its own pair if it has one; None if it is one."""
+    if row.endswith("causal"):
+        return None
+    return row.removesuffix("mma") + "causal" if row.endswith("mma") else "causal"
+
+
+def gains(results: Results, row: str) -> list[float]:
+    """Points on the main measure over its rival, for each seed that both have."""
+    other = rival(row)
+    return paired(results, row, "sums", other) if other else []
+
+
 def table(results: Results, titles: dict[str, str]) -> str:
     """A row a row, in percent: the main measure and the others, each held-out kind, and the sums asked otherwise."""
     named = {
@@ -68,7 +89,7 @@ def table(results: Results, titles: dict[str, str]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for row, runs in results.items():
         cells = [titles[row], str(len(runs)), said([100 * run["test"]["sums"] for run in runs])]
-        cells.append(said(paired(results, row, "sums"), "+") if row != "causal" and "causal" in results else "")
+        cells.append(said(gains(results, row), "+"))
         cells += [said([100 * run["test"][name] for run in runs if name in run["test"]]) for name in list(named)[1:]]
         cells += [
             said([100 * run["asked"][rule] for run in runs if rule in run["asked"]]) for rule in ("causal", "mma")
@@ -79,13 +100,10 @@ def table(results: Results, titles: dict[str, str]) -> str:
 
 
 def reached(results: Results, row: str) -> str:
-    if (
-        row == "causal"
-        or "causal" not in results
-        or not all(run["curve"] for run in [*results[row], *results["causal"]])
-    ):
+    other = rival(row)
+    if other not in results or not all(run["curve"] for run in [*results[row], *results[other]]):
         return ""
-    step, last = steps_to_reach(results, row)
+    step, last = steps_to_reach(results, row, other)
     return str(step) if step else f"more than {last}"
 
 
@@ -103,11 +121,11 @@ def what_is_there(results: Results) -> str:
     there = f"**Finished: {sum(map(len, results.values()))} cells.** "
     left = ", ".join(f"{row} {number}" for row, number in missing.items() if number > 0)
     there += f"Still to run, seeds: {left}." if left else "All that the plan names."
-    gains = paired(results, "mma", "sums") if {"causal", "mma"} <= set(results) else []
-    if len(gains) > 1:
-        mean, half = interval(gains)
+    points = gains(results, "mma") if "mma" in results else []
+    if len(points) > 1:
+        mean, half = interval(points)
         assert half is not None
-        there += f" MMA - causal on the sums: {mean:+.1f} ± {half:.1f} points over {len(gains)} seeds"
+        there += f" MMA - causal on the sums: {mean:+.1f} ± {half:.1f} points over {len(points)} seeds"
         there += ", which is narrow enough." if half <= WANTED else f"; ± {WANTED} is wanted."
     return there
 
@@ -129,9 +147,9 @@ def asked_table(recipe: Recipe, results: Results, titles: dict[str, str]) -> str
         looked = [run for run in runs if run["nats"]]
         if not looked:
             continue
-        base = losses.get("causal", {})
-        gains = [loss - base[seed] for seed, loss in losses[row].items() if seed in base and row != "causal"]
-        nats = [said(list(losses[row].values()), digits=3), said(gains, "+", 3)]
+        base = losses.get(rival(row) or "", {})
+        more = [loss - base[seed] for seed, loss in losses[row].items() if seed in base]
+        nats = [said(list(losses[row].values()), digits=3), said(more, "+", 3)]
         halves = [said([100 * run["asked"][f"mma, {half} half"] for run in looked]) for half in ("lower", "upper")]
         paid = [statistics.mean(values) for values in zip(*(run["paid"] for run in looked if run["paid"]), strict=True)]
         third = max(1, len(paid) // 3)
@@ -155,13 +173,13 @@ def draw(results: Results, titles: dict[str, str], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14, 1.6 + 0.4 * max(4, len(results))), layout="constrained")
     for place, (row, runs) in enumerate(results.items()):
         own = [100 * run["test"]["sums"] for run in runs]
-        for axis, values in ((axes[0], own), (axes[1], paired(results, row, "sums") if row != "causal" else [])):
+        for axis, values in ((axes[0], own), (axes[1], gains(results, row))):
             if values:
                 mean, half = interval(values)
                 axis.errorbar(mean, place, xerr=half, fmt="o", color=f"C{place}", capsize=4)
                 axis.plot(values, [place + 0.2] * len(values), ".", color=f"C{place}", alpha=0.5)
         curves = [[100 * point["sums"] for point in run["curve"]] for run in runs if run["curve"]]
-        if curves:
+        if curves and (rival(row) or row) == "causal":
             steps = [point["step"] for point in runs[0]["curve"]]
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
             axes[2].plot(steps, means, color=f"C{place}", label=titles[row])
@@ -171,7 +189,7 @@ def draw(results: Results, titles: dict[str, str], path: Path) -> None:
     axes[1].axvline(0, color="gray", linewidth=1)
     for axis in axes[:2]:
         axis.set_yticks(range(len(results)), [titles[row] for row in results])
-        axis.invert_yaxis()
+        axis.set_ylim(len(results) - 0.5, -0.5)
     axes[1].set_yticklabels([])
     axes[2].set_ylabel("sums, %, validation")
     if axes[2].lines:
