@@ -46,8 +46,8 @@ scenes: scenes-start
 	$(COMPARE) --output results/scenes --rows causal mma --seeds 3
 	$(COMPARE) --output results/scenes --rows echo --seeds 2
 	$(COMPARE) --output results/scenes --rows blind
-	$(COMPARE) --output results/scenes --rows dot prefix image-bidirectional mma-image-bidirectional concentric
 	$(COMPARE) --output results/scenes --rows captions-causal captions-mma
+	$(COMPARE) --output results/scenes --rows dot prefix image-bidirectional mma-image-bidirectional concentric
 	$(COMPARE) --output results/scenes --rows short-causal short-mma words-causal words-mma --seeds 2
 	$(MAKE) $(SCENES)/able-resampler/model.safetensors
 	$(COMPARE) --output results/scenes --rows latents-causal latents-mma --seeds 2
