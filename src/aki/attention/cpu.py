@@ -194,10 +194,15 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, shape: bool | tuple[Segme
 
 
 def _kernel_backward(grad, query, key, value, out, lse, shape: bool | tuple[Segment, ...], scale: float):
+    dtype = query.dtype
+    if key.shape[2] <= TILE:
+        # In half precision so few keys cost the kernel's backward more than in float32.
+        grad, query, key, value, out = (x.to(lse.dtype) for x in (grad, query, key, value, out))
     mask = None if isinstance(shape, bool) else _mask(shape, query.shape[2], query.dtype)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, key, value, out, lse, 0.0, shape is True, attn_mask=mask, scale=scale
     )
+    return [gradient.to(dtype) for gradient in gradients]
 
 
 @lru_cache(maxsize=64)
