@@ -9,8 +9,8 @@ from pathlib import Path
 
 from aki.data.scenes.questions import LOOKUPS, SUMS
 from aki.evaluation.compare import Comparison, load_comparison
-from aki.evaluation.plan import row_recipe
-from aki.evaluation.report import Results, interval, paired, steps_to_reach, titles_of
+from aki.evaluation.plan import BASE, compared_with, row_recipe
+from aki.evaluation.report import interval, paired, steps_to_reach, titles_of, with_interval
 from aki.training.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -64,64 +64,50 @@ def mean_over(scores: dict[str, float], skills: Sequence[str]) -> float:
     return statistics.mean(scores[skill] for skill in skills if skill in scores)
 
 
-def rival(row: str) -> str | None:
-    """The causal row that a row is compared with, which is that of its own pair if it has one; None if it is one."""
-    if row.endswith("causal"):
-        return None
-    return row.removesuffix("mma") + "causal" if row.endswith("mma") else "causal"
+def gains(comparison: Comparison, row: str, measure: str = "sums") -> list[float]:
+    """Points over the causal row of its pair, for each seed that both have."""
+    return paired(comparison.results, row, compared_with(comparison.recipe, row), measure)
 
 
-def gains(results: Results, row: str) -> list[float]:
-    """Points on the main measure over its rival, for each seed that both have."""
-    other = rival(row)
-    return paired(results, row, "sums", other) if other else []
-
-
-def table(results: Results, titles: dict[str, str]) -> str:
+def table(comparison: Comparison) -> str:
     """A row a row, in percent: the main measure and the others, each held-out kind, and the sums asked otherwise."""
-    named = {
-        "sums": "sums",
-        "others": "others",
-        **{f"{kind}: {part}": f"{kind}, {part}" for kind in KINDS for part in ("sums", "others")},
-    }
-    heads = ["row", "seeds", "sums", "to causal, points", *list(named.values())[1:]]
+    held_out = [f"{kind}: {part}" for kind in KINDS for part in ("sums", "others")]
+    heads = ["row", "seeds", "sums", "to causal, points", "others", "to causal, points"]
+    heads += [name.replace(":", ",") for name in held_out]
     heads += ["sums, asked causally", "asked under MMA", "steps to causal's last"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    for row, runs in results.items():
-        cells = [titles[row], str(len(runs)), said([100 * run["test"]["sums"] for run in runs])]
-        cells.append(said(gains(results, row), "+"))
-        cells += [said([100 * run["test"][name] for run in runs if name in run["test"]]) for name in list(named)[1:]]
+    titles = titles_of(comparison.recipe)
+    for row, runs in comparison.results.items():
+        cells = [titles[row], str(len(runs))]
+        for name in ("sums", "others"):
+            cells.append(with_interval([100 * run["test"][name] for run in runs]))
+            cells.append(with_interval(gains(comparison, row, name), "+"))
+        cells += [with_interval([100 * run["test"][name] for run in runs if name in run["test"]]) for name in held_out]
         cells += [
-            said([100 * run["asked"][rule] for run in runs if rule in run["asked"]]) for rule in ("causal", "mma")
+            with_interval([100 * run["asked"][rule] for run in runs if rule in run["asked"]])
+            for rule in ("causal", "mma")
         ]
-        cells.append(reached(results, row))
+        cells.append(reached(comparison, row))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def reached(results: Results, row: str) -> str:
-    other = rival(row)
+def reached(comparison: Comparison, row: str) -> str:
+    results, other = comparison.results, compared_with(comparison.recipe, row)
     if other not in results or not all(run["curve"] for run in [*results[row], *results[other]]):
         return ""
     step, last = steps_to_reach(results, row, other)
     return str(step) if step else f"more than {last}"
 
 
-def said(values: Sequence[float], sign: str = "", digits: int = 1) -> str:
-    """The mean and its interval; empty where there is nothing."""
-    if not values:
-        return ""
-    mean, half = interval(values)
-    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
-
-
-def what_is_there(results: Results) -> str:
+def what_is_there(comparison: Comparison) -> str:
     """How far the runs are, by the plan."""
+    results = comparison.results
     missing = {row: seeds - len(results.get(row, [])) for row, seeds in SEEDS.items()}
     there = f"**Finished: {sum(map(len, results.values()))} cells.** "
     left = ", ".join(f"{row} {number}" for row, number in missing.items() if number > 0)
     there += f"Still to run, seeds: {left}." if left else "All that the plan names."
-    points = gains(results, "mma") if "mma" in results else []
+    points = gains(comparison, "mma") if "mma" in results else []
     if len(points) > 1:
         mean, half = interval(points)
         assert half is not None
@@ -130,7 +116,7 @@ def what_is_there(results: Results) -> str:
     return there
 
 
-def asked_table(recipe: Recipe, results: Results, titles: dict[str, str]) -> str:
+def asked_table(comparison: Comparison) -> str:
     """Of rows that were asked so: the loss on the sums under their own rule, the sums with MMA in half of the layers,
     and attention by thirds of the layers."""
     lines = [
@@ -139,6 +125,7 @@ def asked_table(recipe: Recipe, results: Results, titles: dict[str, str]) -> str
         "| attention of pictures to the question, %: lower, middle, upper third of the layers |",
         "| --- |" + " ---: |" * 5,
     ]
+    recipe, results, titles = comparison.recipe, comparison.results, titles_of(comparison.recipe)
     losses = {
         row: {run["seed"]: run["nats"][rule_of(recipe, row)] for run in runs if run["nats"]}
         for row, runs in results.items()
@@ -147,10 +134,12 @@ def asked_table(recipe: Recipe, results: Results, titles: dict[str, str]) -> str
         looked = [run for run in runs if run["nats"]]
         if not looked:
             continue
-        base = losses.get(rival(row) or "", {})
+        base = losses.get(compared_with(recipe, row) or "", {})
         more = [loss - base[seed] for seed, loss in losses[row].items() if seed in base]
-        nats = [said(list(losses[row].values()), digits=3), said(more, "+", 3)]
-        halves = [said([100 * run["asked"][f"mma, {half} half"] for run in looked]) for half in ("lower", "upper")]
+        nats = [with_interval(list(losses[row].values()), digits=3), with_interval(more, "+", 3)]
+        halves = [
+            with_interval([100 * run["asked"][f"mma, {half} half"] for run in looked]) for half in ("lower", "upper")
+        ]
         paid = [statistics.mean(values) for values in zip(*(run["paid"] for run in looked if run["paid"]), strict=True)]
         third = max(1, len(paid) // 3)
         thirds = [paid[:third], paid[third:-third] or paid, paid[-third:]] if paid else []
@@ -163,23 +152,24 @@ def rule_of(recipe: Recipe, row: str) -> str:
     return row_recipe(recipe, recipe.rows[row], seed=0).stage("sft").rule
 
 
-def draw(results: Results, titles: dict[str, str], path: Path) -> None:
+def draw(comparison: Comparison, path: Path) -> None:
     """The main measure of each row (a dot a seed), its difference to causal, and the learning curves of the sums."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    results, titles = comparison.results, titles_of(comparison.recipe)
     figure, axes = plt.subplots(1, 3, figsize=(14, 1.6 + 0.4 * max(4, len(results))), layout="constrained")
     for place, (row, runs) in enumerate(results.items()):
         own = [100 * run["test"]["sums"] for run in runs]
-        for axis, values in ((axes[0], own), (axes[1], gains(results, row))):
+        for axis, values in ((axes[0], own), (axes[1], gains(comparison, row))):
             if values:
                 mean, half = interval(values)
                 axis.errorbar(mean, place, xerr=half, fmt="o", color=f"C{place}", capsize=4)
                 axis.plot(values, [place + 0.2] * len(values), ".", color=f"C{place}", alpha=0.5)
         curves = [[100 * point["sums"] for point in run["curve"]] for run in runs if run["curve"]]
-        if curves and (rival(row) or row) == "causal":
+        if curves and (compared_with(comparison.recipe, row) or row) == BASE:
             steps = [point["step"] for point in runs[0]["curve"]]
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
             axes[2].plot(steps, means, color=f"C{place}", label=titles[row])
@@ -200,14 +190,13 @@ def draw(results: Results, titles: dict[str, str], path: Path) -> None:
 
 def made(comparison: Comparison, picture: str = "evidence.png") -> str:
     """What stands between the marks of the page."""
-    results, titles = comparison.results, titles_of(comparison.recipe)
-    if not results:
-        return what_is_there(results)
+    if not comparison.results:
+        return what_is_there(comparison)
     parts = [
-        what_is_there(results),
+        what_is_there(comparison),
         "Percent, mean over seeds ± 95 % interval (t).",
-        table(results, titles),
-        asked_table(comparison.recipe, results, titles),
+        table(comparison),
+        asked_table(comparison),
         f"![Accuracy on the sums by row, difference to causal, learning curves]({picture})",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -221,7 +210,7 @@ def write(page: Path, text: str) -> None:
 def main() -> None:
     comparison = measured(load_recipe("scenes"), FOLDER)
     if comparison.results:
-        draw(comparison.results, titles_of(comparison.recipe), PICTURE)
+        draw(comparison, PICTURE)
     write(PAGE, made(comparison))
 
 

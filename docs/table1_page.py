@@ -9,7 +9,7 @@ from pathlib import Path
 from aki.commands.shared import read_recipe
 from aki.data.digits import SKILLS
 from aki.evaluation.compare import Comparison, load_comparison
-from aki.evaluation.report import report_parts, summary_table, table, titles_of, write_report
+from aki.evaluation.report import report_parts, summary_table, table, write_report
 
 ROOT = Path(__file__).parents[1]
 PAGE, DEPTH_PICTURE = ROOT / "docs" / "table1-digits.md", ROOT / "docs" / "digits-depth.png"
@@ -43,7 +43,7 @@ def comparison(name: str) -> Comparison:
 
 
 def rings_tables(rings: Comparison) -> str:
-    return summary_table(rings.results, titles_of(rings.recipe)) + "\n\n" + table(rings.results)
+    return summary_table(rings) + "\n\n" + table(rings)
 
 
 def accuracy(depth: Comparison, rule: str, layers: int, skill: str) -> list[float]:

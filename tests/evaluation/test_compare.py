@@ -22,6 +22,7 @@ from aki.evaluation.report import (
     mean_curve,
     paired,
     remarks,
+    report_parts,
     seeds_table,
     steps_to_reach,
     summary_table,
@@ -50,8 +51,17 @@ RESULTS = {
 }
 
 
-def test_table_is_the_mean_over_seeds_and_the_difference():
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(RESULTS).splitlines()]
+def comparison_of(recipe, results, **rows):
+    recipe.rows = {row: rows.get(row, {}) for row in results}
+    return Comparison(recipe, results)
+
+
+def cells_of(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def test_table_is_the_mean_over_seeds_and_the_difference(tiny_recipe):
+    rows = cells_of(table(comparison_of(tiny_recipe, RESULTS)))
     assert rows[0] == [
         "rule",
         "all",
@@ -69,21 +79,22 @@ def test_table_is_the_mean_over_seeds_and_the_difference():
     assert rows[4] == ["mma - causal", "+8.0", "+0.0", "+0.0", "+0.0", "+5.0", "+10.0", "+0.0", "+7.5"]
 
 
-def test_skills_are_those_that_were_measured():
+def test_skills_are_those_that_were_measured(tiny_recipe):
     runs = {
         row: [{"seed": 0, "test": {"accuracy": 0.5, "vqav2": 0.25, "gqa": 0.75}, "curve": []}]
         for row in ("causal", "mma")
     }
-    assert table(runs).splitlines()[0] == "| rule | all | vqav2 | gqa |"
-    assert table(runs).splitlines()[2] == "| causal | 50.0 | 25.0 | 75.0 |"
+    rows = cells_of(table(comparison_of(tiny_recipe, runs)))
+    assert rows[0] == ["rule", "all", "vqav2", "gqa"]
+    assert rows[2] == ["causal", "50.0", "25.0", "75.0"]
     assert seeds_table(runs).splitlines()[0] == "| rule | seed 0: all |"
     assert seeds_table(RESULTS).splitlines()[0] == "| rule | seed 0: all / searching | seed 1: all / searching |"
 
 
 def test_steps_to_reach_causals_end():
     assert mean_curve(RESULTS["mma"]) == [(10, pytest.approx(40)), (20, pytest.approx(61)), (30, pytest.approx(75))]
-    assert steps_to_reach(RESULTS, "mma") == (20, 30)
-    assert steps_to_reach({"causal": RESULTS["mma"], "mma": RESULTS["causal"]}, "mma") == (None, 30)
+    assert steps_to_reach(RESULTS, "mma", "causal") == (20, 30)
+    assert steps_to_reach({"causal": RESULTS["mma"], "mma": RESULTS["causal"]}, "mma", "causal") == (None, 30)
 
 
 def with_costs(results):
@@ -102,17 +113,36 @@ def test_intervals_are_students():
     assert interval([4.0]) == (4.0, None)
 
 
-def test_summary_compares_the_seeds_that_both_have():
+def test_summary_compares_the_seeds_that_both_have(tiny_recipe):
     results = with_costs({"causal": RESULTS["causal"], "mma": [*RESULTS["mma"], result(2, 0.1, [0.1])]})
-    assert paired(results, "mma") == [pytest.approx(10), pytest.approx(6)]
+    assert paired(results, "mma", "causal") == [pytest.approx(10), pytest.approx(6)]
     steps = {"base": "causal", "rows": {"causal": {"ratio": 1.0}, "mma": {"ratio": 1.5}}}
-    rows = summary_table(results, {"causal": "Causal", "mma": "MMA"}, steps).splitlines()
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    comparison = comparison_of(tiny_recipe, results, causal={"title": "Causal"}, mma={"title": "MMA"})
+    cells = cells_of(summary_table(replace(comparison, steps=steps)))
     # causal 60 and 64: 12.706 * 2.828 / sqrt(2) = 25.4; differences 10 and 6 likewise.
     assert cells[2] == ["Causal", "2", "62.0 ± 25.4", "", "1,234,567", "3.00", "18.0", "1.00"]
     assert cells[3] == ["MMA", "3", "50.0 ± 86.1", "+8.0 ± 25.4", "1,234,567", "5.00", "30.0", "1.50"]
-    unmeasured = summary_table(results, {"causal": "Causal", "mma": "MMA"}).splitlines()
-    assert [row.rpartition("30.0 |")[2] for row in unmeasured[3:]] == ["  |"]
+    assert cells_of(summary_table(comparison))[3][-1] == ""
+
+
+def test_a_row_is_compared_with_what_it_says(tiny_recipe):
+    results = with_costs({"long": RESULTS["causal"], "long-mma": RESULTS["mma"], "causal": RESULTS["mma"]})
+    rows = {"long": {"against": None}, "long-mma": {"against": "long"}}
+    comparison = comparison_of(tiny_recipe, results, **rows)
+    check(tiny_recipe)
+    summary = cells_of(summary_table(comparison))
+    assert [row[3] for row in summary[2:]] == ["", "+8.0 ± 25.4", ""]
+    assert [row[0] for row in cells_of(table(comparison))][5:] == ["long-mma - long"]
+    said = "\n".join(report_parts(comparison))
+    assert "to causal on the same seeds; of long-mma to long." in said
+    assert "long-mma reaches long's final accuracy at step 20 of 30" in said
+    assert "long reaches" not in said
+
+
+def test_a_row_is_not_compared_with_one_that_is_not_there(tiny_recipe):
+    tiny_recipe.rows = {"causal": {}, "mma": {"against": "casual"}}
+    with pytest.raises(RecipeError, match=r"rows\.mma\.against.*'casual'.*Did you mean 'causal'"):
+        check(tiny_recipe)
 
 
 def test_more_compute_is_said(table1):

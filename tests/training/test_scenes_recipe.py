@@ -18,7 +18,6 @@ from aki.data.tokenizer import train_tokenizer
 from aki.evaluation import compare
 from aki.evaluation.compare import run_comparison
 from aki.evaluation.plan import fast, row_recipe
-from aki.evaluation.report import titles_of
 from aki.models.adapters import adapter_of
 from aki.models.explain import attention_weights
 from aki.training.recipe import AdapterRecipe, load_recipe
@@ -199,7 +198,7 @@ def test_the_page_says_what_the_cells_hold(recipe, compared, tmp_path):
     found = PAGE["measured"](recipe, compared)
     page = tmp_path / "page.md"
     page.write_text(f"# Title\n{PAGE['BEGIN']}\nold\n{PAGE['END']}\nafter\n")
-    PAGE["draw"](found.results, titles_of(recipe), tmp_path / "evidence.png")
+    PAGE["draw"](found, tmp_path / "evidence.png")
     PAGE["write"](page, PAGE["made"](found))
     text = page.read_text()
     assert "old" not in text

@@ -11,6 +11,10 @@ from typing import Any
 from aki.training.folder import relevant
 from aki.training.recipe import Recipe, RecipeError, beyond_defaults, build, known
 
+BASE = "causal"
+"""The row that others are compared with, unless they say `against`."""
+_SAID = ("title", "against")
+"""What a row says of itself, and no recipe has."""
 SEARCH_SEED = 1000
 """Added to the recipe's seed where learning rates are tried, so that no reported run has a part in the choice."""
 
@@ -66,7 +70,7 @@ def row_recipe(recipe: Recipe, row: Mapping[str, Any], seed: int, learning_rate:
     Raises:
         RecipeError: the row names a field that no recipe has, or sets it to what it cannot be.
     """
-    overrides = {name: value for name, value in row.items() if name != "title"}
+    overrides = {name: value for name, value in row.items() if name not in _SAID}
     merged = build(Recipe, _merge(beyond_defaults(replace(recipe, rows={}, learning_rates=())), overrides), "")
     merged.seed = seed
     if learning_rate is not None:
@@ -75,6 +79,12 @@ def row_recipe(recipe: Recipe, row: Mapping[str, Any], seed: int, learning_rate:
         lowest = sft.lowest_rate * learning_rate / sft.learning_rate
         merged.sft = replace(sft, learning_rate=learning_rate, min_learning_rate=lowest)
     return merged
+
+
+def compared_with(recipe: Recipe, row: str) -> str | None:
+    """The row whose seeds it is paired with: what its `against` says, `causal` if it says nothing; None for no row."""
+    base = recipe.rows[row].get("against", BASE)
+    return None if base == row or base not in recipe.rows else base
 
 
 def plan(
@@ -143,6 +153,8 @@ def check(recipe: Recipe) -> None:
     for name, row in recipe.rows.items():
         if not isinstance(row, dict):
             raise RecipeError(f"rows.{name} should be a mapping of fields, it is {row!r}.")
+        if row.get("against") is not None:
+            known(f"row rows.{name}.against:", row["against"], recipe.rows, "the recipe's rows")
         try:
             _check_measurable(row_recipe(recipe, row, recipe.seed))
         except ValueError as error:

@@ -12,8 +12,7 @@ from scipy.stats import t
 
 from aki.data.digits import SEARCHING_SKILLS
 from aki.evaluation.compare import Comparison
-from aki.evaluation.plan import row_recipe
-from aki.evaluation.steps import Steps
+from aki.evaluation.plan import BASE, compared_with, row_recipe
 from aki.models import AkiForConditionalGeneration, AkiProcessor
 from aki.training.held_out import scenes
 from aki.training.recipe import Recipe
@@ -25,8 +24,9 @@ COLOURS = ("gray", "blue", "orange", "green", "red", "purple", "brown", "pink", 
 _EQUAL_COMPUTE = 0.02
 
 
-def table(results: Results) -> str:
-    """Held-out accuracy in percent as Markdown: a row a rule (mean over seeds), then the difference to causal."""
+def table(comparison: Comparison) -> str:
+    """Held-out accuracy in percent as Markdown: a row a rule (mean over seeds), then the difference to its rival."""
+    results = comparison.results
     columns = ["accuracy", *skills_of(results)]
     lines = [
         "| rule | " + " | ".join("all" if name == "accuracy" else name.replace("_", " ") for name in columns) + " |",
@@ -35,9 +35,10 @@ def table(results: Results) -> str:
     for rule, runs in results.items():
         lines.append(f"| {rule} | " + " | ".join(f"{_mean(runs, name):.1f}" for name in columns) + " |")
     for rule in results:
-        if rule != "causal" and paired(results, rule):
-            gains = [statistics.mean(paired(results, rule, name)) for name in columns]
-            lines.append(f"| {rule} - causal | " + " | ".join(f"{gain:+.1f}" for gain in gains) + " |")
+        base = compared_with(comparison.recipe, rule)
+        if base and paired(results, rule, base):
+            gains = [statistics.mean(paired(results, rule, base, name)) for name in columns]
+            lines.append(f"| {rule} - {base} | " + " | ".join(f"{gain:+.1f}" for gain in gains) + " |")
     return "\n".join(lines)
 
 
@@ -52,7 +53,7 @@ def write_report(comparison: Comparison, folder: Path) -> str:
     """Write `report.md`, `report.png`, and `curves.png` where there are learning curves; returns the report's text."""
     report = "\n\n".join(report_parts(comparison)) + "\n"
     (folder / "report.md").write_text(report)
-    draw_report(comparison.results, titles_of(comparison.recipe), folder / "report.png")
+    draw_report(comparison, folder / "report.png")
     if _has_curves(comparison.results):
         draw_curves(comparison.results, folder / "curves.png")
     return report
@@ -60,27 +61,29 @@ def write_report(comparison: Comparison, folder: Path) -> str:
 
 def report_parts(comparison: Comparison) -> list[str]:
     """The paragraphs and tables of a report."""
-    results, titles = comparison.results, titles_of(comparison.recipe)
+    results = comparison.results
+    bases = {row: compared_with(comparison.recipe, row) for row in results}
+    own = {row: base for row, base in bases.items() if base in results and base != BASE}
     parts = [
         "Held-out accuracy in percent: mean over seeds ± 95 % interval (t), and the difference to causal on the same "
-        "seeds.",
-        summary_table(results, titles, comparison.steps),
+        "seeds" + "".join(f"; of {row} to {base}" for row, base in own.items()) + ".",
+        summary_table(comparison),
         *remarks(comparison),
         "By skill (mean over seeds"
         + (f"; searching is the mean of {_words(SEARCHING_SKILLS)}" if "searching" in skills_of(results) else "")
         + "):",
-        table(results),
+        table(comparison),
     ]
     if max(map(len, results.values())) > 1:
         parts += ["Every seed:", seeds_table(results)]
     if comparison.searched:
         parts += ["SFT's learning rates, tried on a seed of their own (accuracy on the validation questions):"]
         parts += [rates_table(comparison.searched)]
-    for row in results:
-        if _has_curves(results) and row != "causal" and "causal" in results:
-            step, last = steps_to_reach(results, row)
+    for row, base in bases.items():
+        if _has_curves(results) and base in results:
+            step, last = steps_to_reach(results, row, base)
             reached = f"at step {step} of {last}" if step else f"later than the {last} steps of this run"
-            parts.append(f"On the learning curve {row} reaches causal's final accuracy {reached}.")
+            parts.append(f"On the learning curve {row} reaches {base}'s final accuracy {reached}.")
     return parts
 
 
@@ -100,31 +103,39 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
 
 
-def paired(results: Results, row: str, name: str = "accuracy", base: str = "causal") -> list[float]:
-    """Differences in points to another row, one for each seed that both have."""
-    others = {run["seed"]: run for run in results.get(base, [])}
+def with_interval(values: Sequence[float], sign: str = "", digits: int = 1) -> str:
+    """The mean and half the width of its interval; empty where there is nothing."""
+    if not values:
+        return ""
+    mean, half = interval(values)
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+
+
+def paired(results: Results, row: str, base: str | None, name: str = "accuracy") -> list[float]:
+    """Differences in points to another row, one for each seed that both have; none to no row."""
+    others = {run["seed"]: run for run in results.get(base or "", [])}
     return [_score(run, name) - _score(others[run["seed"]], name) for run in results[row] if run["seed"] in others]
 
 
-def summary_table(results: Results, titles: dict[str, str], steps: Steps | None = None) -> str:
-    """A row a row: accuracy and its difference to causal with intervals, and what it cost, all stages together.
+def summary_table(comparison: Comparison) -> str:
+    """A row a row: accuracy and its difference to its rival with intervals, and what it cost, all stages together.
 
-    Args:
-        steps: how long a step takes; without it that column is empty.
+    How long a step takes is an empty column where nobody has measured it.
     """
-    base = steps["base"] if steps else "causal"
+    results, titles, steps = comparison.results, titles_of(comparison.recipe), comparison.steps
+    base = steps["base"] if steps else BASE
     lines = [
         f"| row | seeds | accuracy | difference to causal | parameters | tokens, M | FLOPs, T | time a step / {base} |",
         "| --- |" + " ---: |" * 7,
     ]
     for row, runs in results.items():
-        difference = paired(results, row) if row != "causal" else []
+        difference = paired(results, row, compared_with(comparison.recipe, row))
         step = steps["rows"].get(row) if steps else None
         cells = [
             titles[row],
             str(len(runs)),
-            _with_interval([_score(run, "accuracy") for run in runs], ".1f"),
-            _with_interval(difference, "+.1f") if difference else "",
+            with_interval([_score(run, "accuracy") for run in runs]),
+            with_interval(difference, "+"),
             f"{runs[0]['parameters']:,}",
             f"{_cost(runs, 'tokens') / 1e6:.2f}",
             f"{_cost(runs, 'flops') / 1e12:.1f}",
@@ -145,17 +156,15 @@ def _baselines(results: Results, titles: dict[str, str]) -> list[str]:
         "blind": f"{titles[row]}, asked without the picture",
     }
     scores = {name: [100 * run["baselines"][name]["accuracy"] for run in runs] for name in names}
-    return [
-        f"| {title} | {len(runs)} | {_with_interval(scores[name], '.1f')} |" + " |" * 5 for name, title in names.items()
-    ]
+    return [f"| {title} | {len(runs)} | {with_interval(scores[name])} |" + " |" * 5 for name, title in names.items()]
 
 
 def remarks(comparison: Comparison) -> list[str]:
     """What a reader must know to compare the rows fairly."""
     results, titles = comparison.results, titles_of(comparison.recipe)
     found = []
-    if "causal" in results:
-        base = _cost(results["causal"], "flops")
+    if BASE in results:
+        base = _cost(results[BASE], "flops")
         more = {row: _cost(runs, "flops") / base for row, runs in results.items()}
         named = [f"{titles[row]} {ratio:.2f} times" for row, ratio in more.items() if abs(ratio - 1) > _EQUAL_COMPUTE]
         found.append(
@@ -211,24 +220,25 @@ def rates_table(searched: dict[str, dict[float, float]]) -> str:
     return "\n".join(lines)
 
 
-def draw_report(results: Results, titles: dict[str, str], path: Path) -> None:
-    """Accuracy (left) and its difference to causal on the same seeds (right): mean, 95 % interval, a dot a seed."""
+def draw_report(comparison: Comparison, path: Path) -> None:
+    """Accuracy (left) and its difference to its rival on the same seeds (right): mean, 95 % interval, a dot a seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    results, titles = comparison.results, titles_of(comparison.recipe)
     rows = list(results)
     figure, axes = plt.subplots(
         1, 2, figsize=(10, 1.2 + 0.42 * len(rows)), sharey=True, layout="constrained", width_ratios=(1, 1)
     )
     for place, row in enumerate(rows):
         values = [_score(run, "accuracy") for run in results[row]]
-        panels = ((axes[0], values), (axes[1], paired(results, row) if row != "causal" else []))
+        panels = ((axes[0], values), (axes[1], paired(results, row, compared_with(comparison.recipe, row))))
         for axis, numbers in panels:
             if numbers:
                 mean, half = interval(numbers)
-                colour = "tab:gray" if row == "causal" else "tab:blue"
+                colour = "tab:gray" if row == BASE else "tab:blue"
                 axis.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=4, markersize=7)
                 axis.plot(numbers, [place + 0.22] * len(numbers), ".", color=colour, alpha=0.45)
     axes[0].set_yticks(range(len(rows)), [titles[row] for row in rows])
@@ -258,7 +268,7 @@ def seeds_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def steps_to_reach(results: Results, rule: str, other: str = "causal") -> tuple[int | None, int]:
+def steps_to_reach(results: Results, rule: str, other: str) -> tuple[int | None, int]:
     """(the first step at which `rule`'s mean curve has the last value of `other`'s, None if never; all steps)."""
     target = mean_curve(results[other])[-1][1]
     curve = mean_curve(results[rule])
@@ -341,8 +351,3 @@ def _mean(runs: list[dict[str, Any]], name: str) -> float:
 def _cost(runs: list[dict[str, Any]], name: str) -> float:
     """Tokens or FLOPs of pre-training, if there is one, and SFT, mean over seeds."""
     return statistics.mean(run[name] + (run["pretrain"] or {name: 0})[name] for run in runs)
-
-
-def _with_interval(values: Sequence[float], form: str) -> str:
-    mean, half = interval(values)
-    return f"{mean:{form}}" + (f" ± {half:.1f}" if half is not None else "")

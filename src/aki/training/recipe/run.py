@@ -42,7 +42,7 @@ class Recipe:
         feature_cache: a folder for the features of a frozen vision encoder, for pictures that repeat over epochs.
         report_to: the Trainer's integrations: none, tensorboard, trackio, wandb, ...
         rows: what `aki compare` compares: name -> what differs from this recipe, nested as it is here, and perhaps a
-            `title`.
+            `title`, and `against`: the row that it is compared with (`causal` if absent, none if null).
         learning_rates: those of SFT that `aki compare` tries for each row first; empty keeps the recipe's.
     """
 
