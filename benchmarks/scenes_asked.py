@@ -85,7 +85,9 @@ def asked(model: Any, processor: Any, recipe: Recipe, attention: str) -> dict[st
         for start in range(0, len(sums), stage.batch_size):
             some = sums[start : start + stage.batch_size]
             skills = [sample.skill for sample in some]
-            logits, labels = logits_of_labels(model, batch(some))
+            # In the numbers in which the trainer asked it.
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16):
+                logits, labels = logits_of_labels(model, batch(some))
             right += zip(all_foretold(logits, labels).tolist(), skills, strict=True)
             nats += zip((-log_likelihoods(logits, labels)).tolist(), skills, strict=True)
         found["under"][name], found["nats"][name] = means_by_group(right), means_by_group(nats)

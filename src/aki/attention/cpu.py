@@ -187,7 +187,9 @@ def tokens_first_like(x: Tensor) -> Tensor:
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, shape: bool | tuple[Segment, ...], scale: float):
-    mask = None if isinstance(shape, bool) else _mask(shape, query.shape[2], query.dtype)
+    # At float32's precision for half too, so that forward and backward share it.
+    precise = torch.promote_types(query.dtype, torch.float32)
+    mask = None if isinstance(shape, bool) else _mask(shape, query.shape[2], precise)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, shape is True, attn_mask=mask, scale=scale
     )
@@ -198,7 +200,7 @@ def _kernel_backward(grad, query, key, value, out, lse, shape: bool | tuple[Segm
     if key.shape[2] <= TILE:
         # In half precision so few keys cost the kernel's backward more than in float32.
         grad, query, key, value, out = (x.to(lse.dtype) for x in (grad, query, key, value, out))
-    mask = None if isinstance(shape, bool) else _mask(shape, query.shape[2], query.dtype)
+    mask = None if isinstance(shape, bool) else _mask(shape, query.shape[2], lse.dtype)
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, key, value, out, lse, 0.0, shape is True, attn_mask=mask, scale=scale
     )

@@ -134,12 +134,13 @@ def fast(recipe: Recipe) -> Recipe:
         "save_every": 0,
         "log_every": 1,
     }
-    rows = {name: _without(row, few) for name, row in recipe.rows.items()}
+    sizes = {"eval_size": 12, "test_size": 24}
+    rows = {name: _without(row, few | sizes) for name, row in recipe.rows.items()}
     stages: dict[str, Any] = {name: replace(recipe.stage(name), **few) for name in recipe.stages}
     return replace(
         recipe,
         **stages,
-        data=replace(recipe.data, eval_size=12, test_size=24),
+        data=replace(recipe.data, **sizes),
         learning_rates=recipe.learning_rates[:1],
         rows=rows,
     )
@@ -174,7 +175,7 @@ def _check_measurable(recipe: Recipe) -> None:
 
 def _without(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {
-        key: {inner: v for inner, v in value.items() if inner not in names} if key in ("pretrain", "sft") else value
+        key: {inner: v for inner, v in value.items() if inner not in names} if key in ("data", "pretrain", "sft") else value
         for key, value in row.items()
     }
 
