@@ -149,27 +149,29 @@ def rule_of(recipe: Recipe, row: str) -> str:
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """The main measure of each row (a dot a seed), its difference to causal, and the learning curves of the sums."""
+    """Both measures of each row, their differences to causal, and the learning curves: of the sums from
+    the start that reads, of reading where it is learned."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     results, titles = comparison.results, titles_of(comparison.recipe)
-    figure, axes = plt.subplots(1, 3, figsize=(14, 1.6 + 0.4 * max(4, len(results))), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(18, 1.6 + 0.4 * max(4, len(results))), layout="constrained")
     for place, (row, runs) in enumerate(results.items()):
-        own = [100 * run["test"]["sums"] for run in runs]
-        for axis, values in ((axes[0], own), (axes[1], gains(comparison, row))):
-            if values:
-                mean, half = interval(values)
-                axis.errorbar(mean, place, xerr=half, fmt="o", color=f"C{place}", capsize=4)
-                axis.plot(values, [place + 0.2] * len(values), ".", color=f"C{place}", alpha=0.5)
-        curves = [[100 * point["sums"] for point in run["curve"]] for run in runs if run["curve"]]
-        if curves and (compared_with(comparison.recipe, row) or row) == BASE:
-            steps = [point["step"] for point in runs[0]["curve"]]
-            means = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            axes[2].plot(steps, means, color=f"C{place}", label=titles[row])
-    for axis, label in zip(axes, ("sums, %", "sums, points to causal, same seeds", "SFT step"), strict=True):
+        for measure, style, by in (("sums", {"fmt": "o"}, -0.15), ("others", {"fmt": "s", "mfc": "white"}, 0.15)):
+            own = [100 * run["test"][measure] for run in runs]
+            for axis, values in ((axes[0], own), (axes[1], gains(comparison, row, measure))):
+                if values:
+                    mean, half = interval(values)
+                    axis.errorbar(mean, place + by, xerr=half, color=f"C{place}", capsize=3, **style)
+        for axis, base, measure in ((axes[2], BASE, "sums"), (axes[3], "words-causal", "others")):
+            curves = [[100 * point[measure] for point in run["curve"]] for run in runs if run["curve"]]
+            if curves and base in (row, compared_with(comparison.recipe, row)):
+                steps = [point["step"] for point in runs[0]["curve"]]
+                means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+                axis.plot(steps, means, color=f"C{place}", label=titles[row])
+    for axis, label in zip(axes, ("● sums, □ others, %", "points to causal, same seeds", "SFT step", "SFT step"), strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[1].axvline(0, color="gray", linewidth=1)
@@ -177,9 +179,11 @@ def draw(comparison: Comparison, path: Path) -> None:
         axis.set_yticks(range(len(results)), [titles[row] for row in results])
         axis.set_ylim(len(results) - 0.5, -0.5)
     axes[1].set_yticklabels([])
-    axes[2].set_ylabel("sums, %, validation")
-    if axes[2].lines:
-        axes[2].legend(fontsize=8)
+    for axis, measure in ((axes[2], "sums"), (axes[3], "reading")):
+        axis.set_ylabel(f"{measure}, %, validation")
+        if axis.lines:
+            axis.legend(fontsize=8)
+            axis.locator_params("x", nbins=6)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -193,7 +197,7 @@ def made(comparison: Comparison, picture: str = "evidence.png") -> str:
         "Percent, mean over seeds ± 95 % interval (t).",
         table(comparison),
         asked_table(comparison),
-        f"![Accuracy on the sums by row, difference to causal, learning curves]({picture})",
+        f"![Sums and other questions by row, differences to causal, learning curves]({picture})",
     ]
     return "\n\n".join(part for part in parts if part)
 
