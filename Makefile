@@ -46,7 +46,7 @@ COMPARE := $(BIN)/aki compare scenes
 scenes: scenes-start
 	$(COMPARE) --output results/scenes --rows causal mma --seeds 3
 	$(COMPARE) --output results/scenes --rows captions-causal captions-mma
-	$(COMPARE) --output results/scenes --rows words-causal words-mma --seeds 3
+	$(COMPARE) --output results/scenes --rows words-causal words-mma --seeds 6
 	$(COMPARE) --output results/scenes --rows words-echo --seeds 2
 	$(COMPARE) --output results/scenes --rows words-dot words-prefix words-image-bidirectional
 	$(COMPARE) --output results/scenes --rows words-mma-image-bidirectional words-concentric words-blind
