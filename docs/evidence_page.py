@@ -171,7 +171,8 @@ def draw(comparison: Comparison, path: Path) -> None:
                 steps = [point["step"] for point in runs[0]["curve"]]
                 means = [statistics.mean(values) for values in zip(*curves, strict=True)]
                 axis.plot(steps, means, color=f"C{place}", label=titles[row])
-    for axis, label in zip(axes, ("● sums, □ others, %", "points to causal, same seeds", "SFT step", "SFT step"), strict=True):
+    labels = ("● sums, □ others, %", "points to causal, same seeds", "SFT step", "SFT step")
+    for axis, label in zip(axes, labels, strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[1].axvline(0, color="gray", linewidth=1)

@@ -290,7 +290,9 @@ def main() -> None:
         connector = {"connector": "perceiver_resampler", "num_latents": options.latents, "depth": 2}
     model, processor = join(encoder, text, training, connector)
     if not options.latents:
-        train_connector(model, processor.tokenizer, scenes, options.connector_steps, options.batch_size, training, options.bf16)
+        train_connector(
+            model, processor.tokenizer, scenes, options.connector_steps, options.batch_size, training, options.bf16
+        )
     model.save_pretrained(options.output)
     processor.save_pretrained(options.output)
     about = {**vars(options), "seconds": time.perf_counter() - started}

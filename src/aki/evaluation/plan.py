@@ -175,7 +175,9 @@ def _check_measurable(recipe: Recipe) -> None:
 
 def _without(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {
-        key: {inner: v for inner, v in value.items() if inner not in names} if key in ("data", "pretrain", "sft") else value
+        key: {inner: v for inner, v in value.items() if inner not in names}
+        if key in ("data", "pretrain", "sft")
+        else value
         for key, value in row.items()
     }
 
