@@ -134,7 +134,7 @@ def fast(recipe: Recipe) -> Recipe:
         "save_every": 0,
         "log_every": 1,
     }
-    sizes = {"eval_size": 12, "test_size": 24}
+    sizes: dict[str, Any] = {"eval_size": 12, "test_size": 24}
     rows = {name: _without(row, few | sizes) for name, row in recipe.rows.items()}
     stages: dict[str, Any] = {name: replace(recipe.stage(name), **few) for name in recipe.stages}
     return replace(
