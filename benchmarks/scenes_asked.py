@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 
 from aki.data.collate import ChatCollator
 from aki.data.packing import PackedCollator
-from aki.data.scenes.questions import SUMS
-from aki.data.schema import Sample
+from aki.data.scenes.questions import LOOKUPS, SUMS
 from aki.evaluation.compare import load_comparison
 from aki.evaluation.plan import row_recipe
 from aki.files import write_json
@@ -63,31 +62,28 @@ def opened_in(model: Any, layers: Sequence[int]) -> Iterator[None]:
 
 
 def asked(model: Any, processor: Any, recipe: Recipe, attention: str) -> dict[str, Any]:
-    """Accuracy on the sums, and nats an answer, under each rule and in half of the layers; and shares of attention."""
+    """Accuracy, and nats an answer, by skill under each rule and in half of the layers; and shares of attention."""
     stage = recipe.stage("sft")
     # A model that was trained in another order has that order as its template.
     collator = ChatCollator(processor, stage.max_length)
     padded = PackedCollator(processor.tokenizer.pad_token_id)
 
-    def batch(samples: Sequence[Sample]) -> dict[str, Tensor]:
-        return padded([collator.encode(sample)[0] for sample in samples])
-
     parts = held_out(recipe, stage, collator)
     assert parts is not None
-    # The other questions are no part of the main measure, and asking all four times takes half as long as training.
-    sums = [sample for sample in map(parts.test.__getitem__, range(len(parts.test))) if sample.skill in SUMS]  # type: ignore[arg-type]
+    samples = map(parts.test.__getitem__, range(len(parts.test)))  # type: ignore[arg-type]
+    # The other kinds of things and words are asked once, when the model is trained.
+    questions = [(sample.skill, collator.encode(sample)[0]) for sample in samples if sample.skill in (*SUMS, *LOOKUPS)]
 
     found: dict[str, Any] = {"under": {}, "nats": {}}
 
     def score(name: str) -> None:
         right: list[tuple[float, str]] = []
         nats: list[tuple[float, str]] = []
-        for start in range(0, len(sums), stage.batch_size):
-            some = sums[start : start + stage.batch_size]
-            skills = [sample.skill for sample in some]
+        for start in range(0, len(questions), stage.batch_size):
+            skills, encoded = zip(*questions[start : start + stage.batch_size], strict=True)
             # In the numbers in which the trainer asked it.
             with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16):
-                logits, labels = logits_of_labels(model, batch(some))
+                logits, labels = logits_of_labels(model, padded(encoded))
             right += zip(all_foretold(logits, labels).tolist(), skills, strict=True)
             nats += zip((-log_likelihoods(logits, labels)).tolist(), skills, strict=True)
         found["under"][name], found["nats"][name] = means_by_group(right), means_by_group(nats)
@@ -101,7 +97,7 @@ def asked(model: Any, processor: Any, recipe: Recipe, attention: str) -> dict[st
         with opened_in(model, half):
             score(f"mma, {name} half")
     set_rule(model, processor, stage.rule, attention)
-    shares = [paid_to_question(model, batch([sample])) for sample in sums[:LOOKED_AT]]
+    shares = [paid_to_question(model, padded([encoded])) for _, encoded in questions[:LOOKED_AT]]
     pictured = [share for share in shares if share is not None]
     found["paid"] = torch.stack(pictured).mean(0).tolist() if pictured else []
     return found

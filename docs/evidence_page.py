@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aki.data.scenes.questions import LOOKUPS, SUMS
-from aki.evaluation.compare import Comparison, load_comparison
+from aki.evaluation.compare import Comparison, Run, load_comparison
 from aki.evaluation.plan import BASE, compared_with, row_recipe
 from aki.evaluation.report import interval, paired, steps_to_reach, titles_of, with_interval
 from aki.training.recipe import Recipe, load_recipe
@@ -35,29 +35,38 @@ SEEDS = {
 """Row -> how many seeds the plan gives it."""
 WANTED = 1.5
 """Points: half the width of the interval at which there are seeds enough."""
+MEASURES = {"sums": SUMS, "others": LOOKUPS}
+"""The main one first."""
+PAIRS = (("mma", "sums"), ("words-mma", "sums"), ("words-mma", "others"))
+"""The differences for which seeds are run."""
 KINDS = ("things", "words", "crowded", "drawings")
 
 
 def measured(recipe: Recipe, folder: Path) -> Comparison:
-    """What is finished, with the measures of the plan among each run's `test` and `curve`: `sums`, `others`, and what
-    the model scores on the sums when it is asked under another rule than its own (`asked`)."""
+    """What is finished, with the measures of the plan among each run's `test` and `curve`; and what the model says when
+    it is asked otherwise than it was trained: measure -> rule -> accuracy (`under`), its loss under its own rule
+    (measure -> `nats`), and the attention that its pictures pay to the question (`paid`)."""
     comparison = load_comparison(recipe, folder, list(recipe.rows))
     comparison.results = {row: runs for row, runs in comparison.results.items() if runs}
-    for runs in comparison.results.values():
+    for row, runs in comparison.results.items():
         for run in runs:
             for scores in (run["test"], *run["curve"]):
-                scores |= {"sums": mean_over(scores, SUMS), "others": mean_over(scores, LOOKUPS)}
+                scores |= by_measure(scores)
             file = folder / "asked" / f"{run['cell']}.json"
             found = json.loads(file.read_text()) if file.exists() else {"under": {}, "nats": {}, "paid": []}
-            run["asked"] = {rule: mean_over(scores, SUMS) for rule, scores in found["under"].items()}
-            run["nats"] = {rule: mean_over(scores, SUMS) for rule, scores in found["nats"].items()}
+            run["under"] = {rule: by_measure(scores) for rule, scores in found["under"].items()}
+            run["nats"] = by_measure(found["nats"].get(rule_of(recipe, row), {}))
             run["paid"] = found["paid"]
     return comparison
 
 
-def mean_over(scores: dict[str, float], skills: Sequence[str]) -> float:
-    """Of `same`: over SUMS it is the main measure, over LOOKUPS the other one."""
-    return statistics.mean(scores[skill] for skill in skills if skill in scores)
+def by_measure(scores: dict[str, float]) -> dict[str, float]:
+    """Measure -> the mean of its skills (of `same`), where any was asked."""
+    return {
+        measure: statistics.mean(scores[skill] for skill in skills if skill in scores)
+        for measure, skills in MEASURES.items()
+        if scores.keys() & set(skills)
+    }
 
 
 def gains(comparison: Comparison, row: str, measure: str = "sums") -> list[float]:
@@ -66,23 +75,19 @@ def gains(comparison: Comparison, row: str, measure: str = "sums") -> list[float
 
 
 def table(comparison: Comparison) -> str:
-    """A row a row, in percent: the main measure and the others, each held-out kind, and the sums asked otherwise."""
-    held_out = [f"{kind}: {part}" for kind in KINDS for part in ("sums", "others")]
+    """A row a row, in percent: the main measure and the others, and each held-out kind."""
+    held_out = [f"{kind}: {part}" for kind in KINDS for part in MEASURES]
     heads = ["row", "seeds", "sums", "to causal, points", "others", "to causal, points"]
     heads += [name.replace(":", ",") for name in held_out]
-    heads += ["sums, asked causally", "asked under MMA", "steps to causal's last"]
+    heads.append("steps to causal's last")
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     titles = titles_of(comparison.recipe)
     for row, runs in comparison.results.items():
         cells = [titles[row], str(len(runs))]
-        for name in ("sums", "others"):
+        for name in MEASURES:
             cells.append(with_interval([100 * run["test"][name] for run in runs]))
             cells.append(with_interval(gains(comparison, row, name), "+"))
         cells += [with_interval([100 * run["test"][name] for run in runs if name in run["test"]]) for name in held_out]
-        cells += [
-            with_interval([100 * run["asked"][rule] for run in runs if rule in run["asked"]])
-            for rule in ("causal", "mma")
-        ]
         cells.append(reached(comparison, row))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -103,45 +108,58 @@ def what_is_there(comparison: Comparison) -> str:
     there = f"**Finished: {sum(map(len, results.values()))} cells.** "
     left = ", ".join(f"{row} {number}" for row, number in missing.items() if number > 0)
     there += f"Still to run, seeds: {left}." if left else "All that the plan names."
-    points = gains(comparison, "mma") if "mma" in results else []
-    if len(points) > 1:
-        mean, half = interval(points)
-        assert half is not None
-        there += f" MMA - causal on the sums: {mean:+.1f} ± {half:.1f} points over {len(points)} seeds"
-        there += ", which is narrow enough." if half <= WANTED else f"; ± {WANTED} is wanted."
-    return there
+    return " ".join(filter(None, (there, *(pairs_of(comparison, *pair) for pair in PAIRS))))
+
+
+def pairs_of(comparison: Comparison, row: str, measure: str) -> str:
+    """The difference to causal, and that of each seed; empty where there are fewer than two."""
+    points = gains(comparison, row, measure) if row in comparison.results else []
+    if len(points) < 2:
+        return ""
+    mean, half = interval(points)
+    assert half is not None
+    enough = "which is narrow enough" if half <= WANTED else f"± {WANTED} is wanted"
+    title = titles_of(comparison.recipe)[row]
+    each = ", ".join(f"{point:+.1f}" for point in points)
+    return f"{title}, {measure}: {mean:+.1f} ± {half:.1f} points to causal over {len(points)} seeds ({each}), {enough}."
+
+
+ASKED = {
+    "asked causally": "causal",
+    "under MMA": "mma",
+    "with MMA in the lower half alone": "mma, lower half",
+    "in the upper half alone": "mma, upper half",
+}
+"""Head of a column -> what `benchmarks/scenes_asked.py` calls it."""
 
 
 def asked_table(comparison: Comparison) -> str:
-    """Of rows that were asked so: the loss on the sums under their own rule, the sums with MMA in half of the layers,
-    and attention by thirds of the layers."""
-    lines = [
-        "| row | loss on the sums, nats an answer | to causal "
-        "| sums, MMA in the lower half alone | in the upper half alone "
-        "| attention of pictures to the question, %: lower, middle, upper third of the layers |",
-        "| --- |" + " ---: |" * 5,
-    ]
-    recipe, results, titles = comparison.recipe, comparison.results, titles_of(comparison.recipe)
-    losses = {
-        row: {run["seed"]: run["nats"][rule_of(recipe, row)] for run in runs if run["nats"]}
-        for row, runs in results.items()
-    }
+    """Of rows that were asked so, a line a measure: accuracy under other rules than their own and with MMA in half of
+    the layers, the loss under their own, and attention by thirds of the layers."""
+    heads = ["row", "of", "seeds", *ASKED, "nats an answer", "to causal", "attention, %, by thirds of the layers"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
+    results, titles = comparison.results, titles_of(comparison.recipe)
     for row, runs in results.items():
-        looked = [run for run in runs if run["nats"]]
-        if not looked:
-            continue
-        base = losses.get(compared_with(recipe, row) or "", {})
-        more = [loss - base[seed] for seed, loss in losses[row].items() if seed in base]
-        nats = [with_interval(list(losses[row].values()), digits=3), with_interval(more, "+", 3)]
-        halves = [
-            with_interval([100 * run["asked"][f"mma, {half} half"] for run in looked]) for half in ("lower", "upper")
-        ]
-        paid = [statistics.mean(values) for values in zip(*(run["paid"] for run in looked if run["paid"]), strict=True)]
-        third = max(1, len(paid) // 3)
-        thirds = [paid[:third], paid[third:-third] or paid, paid[-third:]] if paid else []
-        cells = [titles[row], *nats, *halves, ", ".join(f"{100 * statistics.mean(part):.1f}" for part in thirds)]
-        lines.append("| " + " | ".join(cells) + " |")
+        rivals = {run["seed"]: run for run in results.get(compared_with(comparison.recipe, row) or "", [])}
+        for measure in MEASURES:
+            looked = [run for run in runs if measure in run["nats"]]
+            if not looked:
+                continue
+            cells = [titles[row], measure, str(len(looked))]
+            cells += [with_interval([100 * run["under"][rule][measure] for run in looked]) for rule in ASKED.values()]
+            pairs = [(run["nats"], rivals[run["seed"]]["nats"]) for run in looked if run["seed"] in rivals]
+            more = [own[measure] - other[measure] for own, other in pairs if measure in other]
+            cells += [with_interval([run["nats"][measure] for run in looked], digits=3), with_interval(more, "+", 3)]
+            lines.append("| " + " | ".join([*cells, thirds(looked)]) + " |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def thirds(runs: Sequence[Run]) -> str:
+    """The share of attention that pictures pay to the question in the lower, middle and upper layers, in percent."""
+    paid = [statistics.mean(values) for values in zip(*(run["paid"] for run in runs if run["paid"]), strict=True)]
+    third = max(1, len(paid) // 3)
+    parts = [paid[:third], paid[third:-third] or paid, paid[-third:]] if paid else []
+    return ", ".join(f"{100 * statistics.mean(part):.1f}" for part in parts)
 
 
 def rule_of(recipe: Recipe, row: str) -> str:

@@ -147,19 +147,21 @@ def test_models_are_asked_once_under_each_rule(recipe, compared, monkeypatch):
     found = PAGE["measured"](recipe, compared)
     for row in ("causal", "mma"):
         for run in found.results[row]:
-            assert set(run["asked"]) == {"causal", "mma", "mma, lower half", "mma, upper half"}
+            assert set(run["under"]) == {"causal", "mma", "mma, lower half", "mma, upper half"}
             # Asked under its own rule, it says what it said when it was trained.
-            assert run["asked"][row] == run["test"]["sums"]
-            assert set(run["nats"]) == set(run["asked"])
+            assert run["under"][row] == {measure: run["test"][measure] for measure in ("sums", "others")}
+            assert set(run["nats"]) == {"sums", "others"}
             assert len(run["paid"]) == 2
             assert (max(run["paid"]) > 0) == (row == "mma")
     # In the order, and in the numbers, that it was trained in.
     for row, rule in (("words-mma", "mma"), ("words-echo", "causal")):
         (run,) = found.results[row]
-        assert run["asked"][rule] == run["test"]["sums"]
-    losses = {row: [run["nats"][row] for run in found.results[row]] for row in ("causal", "mma")}
+        assert run["under"][rule] == {measure: run["test"][measure] for measure in ("sums", "others")}
+    losses = {row: [run["nats"]["sums"] for run in found.results[row]] for row in ("causal", "mma")}
     more = statistics.mean(losses["mma"]) - statistics.mean(losses["causal"])
-    pattern = rf"\| MMA \| {statistics.mean(losses['mma']):.3f} ± [\d.]+ \| {re.escape(f'{more:+.3f}')} ± "
+    pattern = (
+        rf"\| MMA \| sums \| 2 \|.* \| {statistics.mean(losses['mma']):.3f} ± [\d.]+ \| {re.escape(f'{more:+.3f}')} ± "
+    )
     assert re.search(pattern, PAGE["made"](found))
     for trained in ("causal", "mma"):
         shutil.rmtree(compared / trained)
@@ -212,7 +214,7 @@ def test_the_page_says_what_the_cells_hold(recipe, compared, tmp_path):
         100 * (one["test"]["sums"] - other["test"]["sums"])
         for one, other in zip(found.results["mma"], found.results["causal"], strict=True)
     )
-    assert f"on the sums: {gain:+.1f} ± " in text
+    assert f"MMA, sums: {gain:+.1f} ± " in text
     # Each pair is compared within itself.
     (one,), (other,) = (found.results[f"words-{row}"] for row in ("mma", "causal"))
     gain = 100 * (one["test"]["sums"] - other["test"]["sums"])

@@ -176,7 +176,7 @@ def backward(
 
 def empty_result(query: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
-    precise = torch.float64 if query.dtype == torch.float64 else torch.float32
+    precise = torch.promote_types(query.dtype, torch.float32)
     lse = torch.empty((batch, queries, heads), dtype=precise, device=query.device).transpose(1, 2)
     return tokens_first_like(query), lse
 
