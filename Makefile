@@ -43,6 +43,13 @@ FROM = $(patsubst %/,%,$(dir $(firstword $|)))
 TRAIN := $(BIN)/aki train scenes-start $(BF16)
 COMPARE := $(BIN)/aki compare scenes
 
+# glibc keeps what a step frees, in large pages; docs/evidence.md says what that saves.
+scenes scenes-start: export MALLOC_ARENA_MAX = 1
+scenes scenes-start: export MALLOC_MMAP_THRESHOLD_ = 33554432
+scenes scenes-start: export MALLOC_TRIM_THRESHOLD_ = 1000000000
+scenes scenes-start: export MALLOC_TOP_PAD_ = 134217728
+scenes scenes-start: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+
 scenes: scenes-start
 	$(COMPARE) --output results/scenes --rows causal mma --seeds 3
 	$(COMPARE) --output results/scenes --rows captions-causal captions-mma
