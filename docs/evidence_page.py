@@ -44,8 +44,9 @@ KINDS = ("things", "words", "crowded", "drawings")
 
 def measured(recipe: Recipe, folder: Path) -> Comparison:
     """What is finished, with the measures of the plan among each run's `test` and `curve`; and what the model says when
-    it is asked otherwise than it was trained: measure -> rule -> accuracy (`under`), its loss under its own rule
-    (measure -> `nats`), and the attention that its pictures pay to the question (`paid`)."""
+    it is asked otherwise than it was trained: rule -> measure -> accuracy (`under`), measure -> its loss under its own
+    rule (`nats`), measure -> accuracy without the pictures (`blind`), and the attention that pictures pay to the
+    question (`paid`)."""
     comparison = load_comparison(recipe, folder, list(recipe.rows))
     comparison.results = {row: runs for row, runs in comparison.results.items() if runs}
     for row, runs in comparison.results.items():
@@ -57,6 +58,7 @@ def measured(recipe: Recipe, folder: Path) -> Comparison:
             run["under"] = {rule: by_measure(scores) for rule, scores in found["under"].items()}
             run["nats"] = by_measure(found["nats"].get(rule_of(recipe, row), {}))
             run["paid"] = found["paid"]
+            run["blind"] = by_measure(run["baselines"]["blind"])
     return comparison
 
 
@@ -77,7 +79,9 @@ def gains(comparison: Comparison, row: str, measure: str = "sums") -> list[float
 def table(comparison: Comparison) -> str:
     """A row a row, in percent: the main measure and the others, and each held-out kind."""
     held_out = [f"{kind}: {part}" for kind in KINDS for part in MEASURES]
-    heads = ["row", "seeds", "sums", "to causal, points", "others", "to causal, points"]
+    heads = ["row", "seeds"]
+    for measure in MEASURES:
+        heads += [measure, "to causal, points", "without the picture"]
     heads += [name.replace(":", ",") for name in held_out]
     heads.append("steps to causal's last")
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
@@ -87,6 +91,7 @@ def table(comparison: Comparison) -> str:
         for name in MEASURES:
             cells.append(with_interval([100 * run["test"][name] for run in runs]))
             cells.append(with_interval(gains(comparison, row, name), "+"))
+            cells.append(with_interval([100 * run["blind"][name] for run in runs]))
         cells += [with_interval([100 * run["test"][name] for run in runs if name in run["test"]]) for name in held_out]
         cells.append(reached(comparison, row))
         lines.append("| " + " | ".join(cells) + " |")

@@ -20,6 +20,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -228,16 +229,17 @@ def language_model(path: Path, folder: Path) -> Path:
     """A folder with the language model and its tokenizer; a GGUF file becomes one."""
     if path.is_dir():
         return path
-    unpacked = folder / "language_model"
-    if not (unpacked / "config.json").exists():
+    unpacked, partial = folder / "language_model", folder / "language_model.partial"
+    if not unpacked.exists():
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-        AutoTokenizer.from_pretrained(**where).save_pretrained(unpacked)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
         read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         # What was quantized in the file is not any more, and an ordinary model is what training wants.
         del read.config.quantization_config
         plain = AutoModelForCausalLM.from_config(read.config)
         plain.load_state_dict(read.state_dict())
-        plain.save_pretrained(unpacked)
+        plain.save_pretrained(partial)
+        partial.replace(unpacked)
     return unpacked
 
 
@@ -266,6 +268,21 @@ def join(
     return model, AkiProcessor(images, tokenizer, model.config.image_seq_length, chat_template=templates)
 
 
+def begin(parser: argparse.ArgumentParser, options: argparse.Namespace, kept: Path) -> dict[str, Any]:
+    """The settings, which a start that was cut off is gone on with alone."""
+    for path in (*options.things, options.language_model):
+        if not path.exists():
+            parser.error(f"{path} is not there; `make scenes-start` fetches the stamps and the language model.")
+    settings = json.loads(json.dumps(vars(options), default=str))
+    if kept.exists() and json.loads(kept.read_text()) != settings:
+        parser.error(
+            f"{options.output} was begun with other settings ({kept}): repeat those, or name another --output."
+        )
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(settings, indent=1) + "\n")
+    return settings
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("things", type=Path, nargs="+", help="stamp folders")
@@ -278,9 +295,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="faster on CPUs with AMX, slower on others")
     options = parser.parse_args()
-    torch.manual_seed(options.seed)
     training = options.output / "training"
-    training.mkdir(parents=True, exist_ok=True)
+    settings = begin(parser, options, training / "settings.json")
+    torch.manual_seed(options.seed)
     started = time.perf_counter()
     scenes = Scenes(options.things, task="caption", seed=options.seed)
     encoder = train_encoder(scenes, options.steps, options.batch_size, training, options.bf16)
@@ -288,6 +305,8 @@ def main() -> None:
     connector = {"connector": "pooled_mlp", "num_latents": PLACES**2}
     if options.latents:
         connector = {"connector": "perceiver_resampler", "num_latents": options.latents, "depth": 2}
+    # What is drawn for the connector does not depend on whether the encoder was trained in this process.
+    torch.manual_seed(options.seed)
     model, processor = join(encoder, text, training, connector)
     if not options.latents:
         train_connector(
@@ -295,8 +314,8 @@ def main() -> None:
         )
     model.save_pretrained(options.output)
     processor.save_pretrained(options.output)
-    about = {**vars(options), "seconds": time.perf_counter() - started}
-    (options.output / "start.json").write_text(json.dumps(about, default=str, indent=1) + "\n")
+    about = {**settings, "seconds": time.perf_counter() - started}
+    (options.output / "start.json").write_text(json.dumps(about, indent=1) + "\n")
     print(f"{options.output}: {sum(p.numel() for p in model.parameters()):,} parameters; ask it with `aki chat`.")
 
 

@@ -56,6 +56,18 @@ def start(stamps, tmp_path_factory):
     return folder / "start"
 
 
+def test_a_start_is_gone_on_with_as_it_was_begun(start, stamps, monkeypatch, capsys):
+    arguments = [str(stamps), "--language-model", str(start.parent / "text"), "--output", str(start), "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", ["scenes_start", *arguments])
+    with pytest.raises(SystemExit):
+        START["main"]()
+    assert "begun with other settings" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["scenes_start", str(stamps / "nowhere"), *arguments[1:]])
+    with pytest.raises(SystemExit):
+        START["main"]()
+    assert f"{stamps / 'nowhere'} is not there" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def recipe(start, stamps):
     """The recipe over these, without the emoji font's drawings, which nothing here can draw."""
@@ -226,9 +238,10 @@ def test_the_plan_of_the_page_is_what_make_runs():
     commands = re.findall(r"^\t\$\(COMPARE\) (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     seeds = {}
     for command in commands:
-        rows = re.search(r"--rows ([\w -]+?)(?: --|$)", command)[1].split()
+        named = re.search(r"--rows ([\w -]+?)(?: --|$)", command)
         number = re.search(r"--seeds (\d+)", command)
-        seeds |= dict.fromkeys(rows, int(number[1]) if number else 1)
+        for row in named[1].split() if named else load_recipe("scenes").rows:
+            seeds[row] = max(seeds.get(row, 1), int(number[1]) if number else 1)
     assert seeds == PAGE["SEEDS"]
 
 
