@@ -39,6 +39,8 @@ MEASURES = {"sums": SUMS, "others": LOOKUPS}
 """The main one first."""
 PAIRS = (("mma", "sums"), ("words-mma", "sums"), ("words-mma", "others"))
 """The differences for which seeds are run."""
+NEAREST = -20
+"""Points to causal; what is further behind (without the picture) is left to the table."""
 KINDS = ("things", "words", "crowded", "drawings")
 
 
@@ -180,24 +182,35 @@ def draw(comparison: Comparison, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     results, titles = comparison.results, titles_of(comparison.recipe)
-    figure, axes = plt.subplots(1, 4, figsize=(18, 1.6 + 0.4 * max(4, len(results))), layout="constrained")
+    colors = plt.get_cmap("turbo", len(results))
+    figure, axes = plt.subplots(1, 4, figsize=(20, 1.6 + 0.4 * max(4, len(results))), layout="constrained")
     for place, (row, runs) in enumerate(results.items()):
         for measure, style, by in (("sums", {"fmt": "o"}, -0.15), ("others", {"fmt": "s", "mfc": "white"}, 0.15)):
             own = [100 * run["test"][measure] for run in runs]
             for axis, values in ((axes[0], own), (axes[1], gains(comparison, row, measure))):
                 if values:
                     mean, half = interval(values)
-                    axis.errorbar(mean, place + by, xerr=half, color=f"C{place}", capsize=3, **style)
+                    # Two seeds' interval is wider than the picture.
+                    axis.errorbar(
+                        mean,
+                        place + by,
+                        xerr=half if len(values) > 2 else None,
+                        color=colors(place),
+                        capsize=3,
+                        **style,
+                    )
         for axis, base, measure in ((axes[2], BASE, "sums"), (axes[3], "words-causal", "others")):
             curves = [[100 * point[measure] for point in run["curve"]] for run in runs if run["curve"]]
             if curves and base in (row, compared_with(comparison.recipe, row)):
                 steps = [point["step"] for point in runs[0]["curve"]]
                 means = [statistics.mean(values) for values in zip(*curves, strict=True)]
-                axis.plot(steps, means, color=f"C{place}", label=titles[row])
+                axis.plot(steps, means, color=colors(place), label=titles[row])
     labels = ("● sums, □ others, %", "points to causal, same seeds", "SFT step", "SFT step")
     for axis, label in zip(axes, labels, strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
+        axis.locator_params("x", nbins=6)
+    axes[1].set_xlim(left=max(NEAREST, axes[1].get_xlim()[0]))
     axes[1].axvline(0, color="gray", linewidth=1)
     for axis in axes[:2]:
         axis.set_yticks(range(len(results)), [titles[row] for row in results])
@@ -206,8 +219,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     for axis, measure in ((axes[2], "sums"), (axes[3], "reading")):
         axis.set_ylabel(f"{measure}, %, validation")
         if axis.lines:
-            axis.legend(fontsize=8)
-            axis.locator_params("x", nbins=6)
+            axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
