@@ -41,7 +41,7 @@ BF16 := $(shell grep -qs amx_bf16 /proc/cpuinfo && echo --bf16)
 START := $(BIN)/python examples/scenes_start.py $(BF16) $(STAMPS) --language-model $(SMOLLM2)
 FROM = $(patsubst %/,%,$(dir $(firstword $|)))
 TRAIN := $(BIN)/aki train scenes-start $(BF16)
-COMPARE := $(BIN)/aki compare scenes
+COMPARE := $(BIN)/aki compare scenes --output results/scenes
 
 # glibc keeps what a step frees, in large pages; docs/evidence.md says what that saves.
 scenes scenes-start: export MALLOC_ARENA_MAX = 1
@@ -51,11 +51,10 @@ scenes scenes-start: export MALLOC_TOP_PAD_ = 134217728
 scenes scenes-start: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
 scenes: scenes-start
-	$(COMPARE) --output results/scenes --rows causal mma --seeds 3
-	$(COMPARE) --output results/scenes --rows captions-causal captions-mma
-	$(COMPARE) --output results/scenes --rows words-causal words-mma --seeds 6
-	$(COMPARE) --output results/scenes --rows words-echo --seeds 2
-	$(COMPARE) --output results/scenes
+	$(COMPARE) --rows causal mma --seeds 3
+	$(COMPARE) --rows words-causal words-mma --seeds 6
+	$(COMPARE) --rows words-echo --seeds 2
+	$(COMPARE)
 	$(BIN)/python benchmarks/scenes_asked.py
 	$(BIN)/python docs/evidence_page.py
 

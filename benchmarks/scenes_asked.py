@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from aki.data.collate import ChatCollator
 from aki.data.packing import PackedCollator
-from aki.data.scenes.questions import LOOKUPS, SUMS
+from aki.data.scenes.questions import SKILLS
 from aki.evaluation.compare import load_comparison
 from aki.evaluation.plan import row_recipe
 from aki.files import write_json
@@ -72,7 +72,7 @@ def asked(model: Any, processor: Any, recipe: Recipe, attention: str) -> dict[st
     assert parts is not None
     samples = map(parts.test.__getitem__, range(len(parts.test)))  # type: ignore[arg-type]
     # The other kinds of things and words are asked once, when the model is trained.
-    questions = [(sample.skill, collator.encode(sample)[0]) for sample in samples if sample.skill in (*SUMS, *LOOKUPS)]
+    questions = [(sample.skill, collator.encode(sample)[0]) for sample in samples if sample.skill in SKILLS]
 
     found: dict[str, Any] = {"under": {}, "nats": {}}
 

@@ -52,13 +52,14 @@ def measured(recipe: Recipe, folder: Path) -> Comparison:
     comparison = load_comparison(recipe, folder, list(recipe.rows))
     comparison.results = {row: runs for row, runs in comparison.results.items() if runs}
     for row, runs in comparison.results.items():
+        rule = rule_of(recipe, row)
         for run in runs:
             for scores in (run["test"], *run["curve"]):
                 scores |= by_measure(scores)
             file = folder / "asked" / f"{run['cell']}.json"
             found = json.loads(file.read_text()) if file.exists() else {"under": {}, "nats": {}, "paid": []}
             run["under"] = {rule: by_measure(scores) for rule, scores in found["under"].items()}
-            run["nats"] = by_measure(found["nats"].get(rule_of(recipe, row), {}))
+            run["nats"] = by_measure(found["nats"].get(rule, {}))
             run["paid"] = found["paid"]
             run["blind"] = by_measure(run["baselines"]["blind"])
     return comparison
@@ -73,7 +74,7 @@ def by_measure(scores: dict[str, float]) -> dict[str, float]:
     }
 
 
-def gains(comparison: Comparison, row: str, measure: str = "sums") -> list[float]:
+def gains(comparison: Comparison, row: str, measure: str) -> list[float]:
     """Points over the causal row of its pair, for each seed that both have."""
     return paired(comparison.results, row, compared_with(comparison.recipe, row), measure)
 
@@ -185,20 +186,15 @@ def draw(comparison: Comparison, path: Path) -> None:
     colors = plt.get_cmap("turbo", len(results))
     figure, axes = plt.subplots(1, 4, figsize=(20, 1.6 + 0.4 * max(4, len(results))), layout="constrained")
     for place, (row, runs) in enumerate(results.items()):
-        for measure, style, by in (("sums", {"fmt": "o"}, -0.15), ("others", {"fmt": "s", "mfc": "white"}, 0.15)):
+        styles = ({"fmt": "o"}, -0.15), ({"fmt": "s", "mfc": "white"}, 0.15)
+        for measure, (style, by) in zip(MEASURES, styles, strict=True):
             own = [100 * run["test"][measure] for run in runs]
             for axis, values in ((axes[0], own), (axes[1], gains(comparison, row, measure))):
                 if values:
                     mean, half = interval(values)
-                    # Two seeds' interval is wider than the picture.
-                    axis.errorbar(
-                        mean,
-                        place + by,
-                        xerr=half if len(values) > 2 else None,
-                        color=colors(place),
-                        capsize=3,
-                        **style,
-                    )
+                    if len(values) < 3:
+                        half = None  # Two seeds' is wider than the picture.
+                    axis.errorbar(mean, place + by, xerr=half, color=colors(place), capsize=3, **style)
         for axis, base, measure in ((axes[2], BASE, "sums"), (axes[3], "words-causal", "others")):
             curves = [[100 * point[measure] for point in run["curve"]] for run in runs if run["curve"]]
             if curves and base in (row, compared_with(comparison.recipe, row)):

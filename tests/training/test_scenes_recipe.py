@@ -235,7 +235,7 @@ def test_the_page_says_what_the_cells_hold(recipe, compared, tmp_path):
 
 
 def test_the_plan_of_the_page_is_what_make_runs():
-    commands = re.findall(r"^\t\$\(COMPARE\) (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = re.findall(r"^\t\$\(COMPARE\)(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     seeds = {}
     for command in commands:
         named = re.search(r"--rows ([\w -]+?)(?: --|$)", command)
